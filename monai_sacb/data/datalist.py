@@ -1,0 +1,149 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading ``dataset.json`` folders in the form of the Medical Segmentation Decathlon and of Learn2Reg."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_pairs", "load_subjects"]
+
+logger = logging.getLogger(__name__)
+
+PAIR_LISTS = ("registration_val", "registration_test")
+HELD_OUT_FRACTION = 0.1
+
+
+def _read_json(dataset_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The parsed ``dataset.json`` of a folder (or the JSON file itself) and the folder paths are relative to."""
+    path = Path(dataset_dir)
+    if path.is_dir():
+        path = path / "dataset.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no dataset.json at '{path}'.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("training", content.get("validation")), list):
+        raise ValueError(f"'{path}' is not a dataset description: it has no list 'training' of subjects.")
+    return path.parent, content
+
+
+def _subject(entry: Any, root: Path, where: str) -> dict[str, str]:
+    """One subject with absolute paths, keys ``image`` and, where given, others such as ``label``."""
+    if isinstance(entry, str):
+        entry = {"image": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
+        raise ValueError(f"{where} must be a path or an object with a path 'image', got {entry!r}.")
+    subject = {}
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            continue
+        path = Path(os.path.normpath(root / value))
+        if not path.exists():
+            raise FileNotFoundError(f"{where}: {key} '{path}' does not exist.")
+        subject[str(key)] = str(path)
+    return subject
+
+
+def _section(content: Mapping[str, Any], root: Path, name: str) -> list[dict[str, str]]:
+    entries = content.get(name) or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{root / 'dataset.json'}: '{name}' must be a list, got {type(entries).__name__}.")
+    return [_subject(entry, root, f"{root / 'dataset.json'}: {name}[{i}]") for i, entry in enumerate(entries)]
+
+
+def _pair_section(content: Mapping[str, Any], root: Path, name: str) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """The (moving, fixed) subjects of every listed pair, with whatever labels the pair itself names."""
+    pairs = []
+    for i, entry in enumerate(content.get(name) or []):
+        where = f"{root / 'dataset.json'}: {name}[{i}]"
+        if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= entry.keys():
+            raise ValueError(f"{where} must be an object with paths 'fixed' and 'moving', got {entry!r}.")
+        roles = []
+        for role in ("moving", "fixed"):
+            files = {"image": entry[role], "label": entry.get(f"{role}_label")}
+            roles.append(_subject({k: v for k, v in files.items() if v is not None}, root, f"{where} {role}"))
+        pairs.append((roles[0], roles[1]))
+    return pairs
+
+
+def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training") -> list[dict[str, str]]:
+    """
+    The subjects of a dataset folder that are trained on, or those that are evaluated on.
+
+    Subjects of the list ``validation`` and of the pairs ``registration_val`` are for evaluation. Where a dataset names
+    neither, the last tenth of the training subjects by file name (at least two) is held out. No subject is in both.
+
+    Args:
+        dataset_dir: folder with a ``dataset.json``, or such a file. Paths in it are relative to the file.
+        section: ``"training"`` or ``"validation"``.
+
+    Returns:
+        one dictionary of absolute paths for each subject: ``image``, and ``label`` and others where listed.
+
+    Raises:
+        FileNotFoundError: When the description or a file that it lists does not exist.
+        ValueError: When the description is not one, or has no subjects for the section.
+    """
+    if section not in ("training", "validation"):
+        raise ValueError(f"section must be 'training' or 'validation', got '{section}'.")
+    root, content = _read_json(dataset_dir)
+    training, validation = (_section(content, root, name) for name in ("training", "validation"))
+    known = {subject["image"]: subject for subject in [*training, *validation]}
+    listed = {s["image"]: {**s, **known.get(s["image"], {})} for name in PAIR_LISTS[:1] for pair in
+              _pair_section(content, root, name) for s in pair}
+    held_out = {subject["image"]: subject for subject in validation} | listed
+    if not held_out:
+        if len(training) < 4:
+            raise ValueError(
+                f"'{root}' lists {len(training)} training subjects and none for validation; at least 4 are needed to "
+                "hold some out."
+            )
+        by_name = sorted(training, key=lambda subject: subject["image"])
+        number = max(2, round(len(training) * HELD_OUT_FRACTION))
+        held_out = {subject["image"]: subject for subject in by_name[-number:]}
+        names = ", ".join(Path(path).name for path in held_out)
+        logger.info(f"No validation list in '{root}': {number} of {len(training)} subjects are held out: {names}.")
+    if section == "validation":
+        return list(held_out.values())
+    subjects = [subject for subject in training if subject["image"] not in held_out]
+    if len(subjects) < 2:
+        raise ValueError(f"'{root}' has {len(subjects)} training subjects; at least 2 are needed to form a pair.")
+    return subjects
+
+
+def load_pairs(
+    dataset_dir: str | os.PathLike[str], subjects: Sequence[Mapping[str, str]], name: str = "registration_val"
+) -> list[tuple[int, int]] | None:
+    """
+    The pairs that a dataset lists, as positions in a list of subjects.
+
+    Args:
+        dataset_dir: folder with a ``dataset.json``, or such a file.
+        subjects: subjects with their paths ``image``, as from :py:func:`load_subjects`.
+        name: ``"registration_val"`` or ``"registration_test"``.
+
+    Returns:
+        (moving, fixed) index pairs, or None where the dataset lists none (all ordered pairs are meant then).
+
+    Raises:
+        ValueError: When a listed pair names a subject that is not among the given ones.
+    """
+    if name not in PAIR_LISTS:
+        raise ValueError(f"name must be one of {PAIR_LISTS}, got '{name}'.")
+    root, content = _read_json(dataset_dir)
+    index = {subject["image"]: i for i, subject in enumerate(subjects)}
+    pairs = []
+    for i, (moving, fixed) in enumerate(_pair_section(content, root, name)):
+        for subject in (moving, fixed):
+            if subject["image"] not in index:
+                raise ValueError(f"{name}[{i}] names '{subject['image']}', which is not among the subjects.")
+        pairs.append((index[moving["image"]], index[fixed["image"]]))
+    return pairs or None

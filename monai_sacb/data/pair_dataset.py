@@ -1,0 +1,128 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from monai.data import CacheDataset, MetaTensor
+
+__all__ = ["PairDataset"]
+
+logger = logging.getLogger(__name__)
+
+
+class PairDataset(Dataset):
+    """
+    Pairs of subjects for registration. Each subject is loaded, transformed and cached once, however many pairs it is in.
+
+    An item is a dictionary with every key of the two subjects under ``moving_<key>`` and ``fixed_<key>``
+    (``moving_image``, ``fixed_image``, ``moving_label``, ...), passed through ``pair_transform``.
+
+    Args:
+        data: the subjects, dictionaries of paths with the key ``image`` and, where there are any, ``label`` and others;
+            or a dataset of subjects, which is then used as it is, without ``transform`` and cache.
+        transform: transform of one subject.
+        pairs: (moving, fixed) index pairs. Defaults to all ordered pairs of two different subjects.
+        pair_transform: transform of one pair.
+        label_ids: label values that some subject must have in the file of its ``label``; needs a
+            :py:class:`monai_sacb.transforms.SelectLabelsd` in ``transform`` and a full cache.
+        cache_rate: fraction of the subjects that is kept in memory.
+        num_workers: threads that fill the cache.
+        progress: whether to show a bar while the cache is filled.
+
+    Raises:
+        ValueError: When there are no subjects, no pairs, or a pair or label id does not exist.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[Hashable, Any]] | Dataset,
+        transform: Callable | None = None,
+        pairs: Sequence[Sequence[int]] | None = None,
+        pair_transform: Callable | None = None,
+        label_ids: Sequence[int] | None = None,
+        cache_rate: float = 1.0,
+        num_workers: int | None = 1,
+        progress: bool = True,
+    ) -> None:
+        if isinstance(data, Dataset) and transform is not None:
+            raise ValueError("transform belongs to the dataset of subjects when data is a dataset.")
+        num_subjects = len(data)  # type: ignore[arg-type]
+        if num_subjects == 0:
+            raise ValueError("the list of subjects is empty.")
+        if pairs is None and num_subjects < 2:
+            raise ValueError(f"at least 2 subjects are needed to form a pair, got {num_subjects}.")
+        if pairs is not None:
+            if len(pairs) == 0:
+                raise ValueError("the list of pairs is empty.")
+            for pair in pairs:
+                if len(pair) != 2 or not all(0 <= index < num_subjects for index in pair):
+                    raise ValueError(f"a pair must be two indices below {num_subjects}, got {tuple(pair)}.")
+        self.data = data
+        self.pairs = pairs
+        self.pair_transform = pair_transform
+        self.subjects: Dataset = (
+            data
+            if isinstance(data, Dataset)
+            else CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=progress)
+        )
+        if label_ids is not None and cache_rate == 1.0:
+            self._check_labels(label_ids)
+
+    def _check_labels(self, label_ids: Sequence[int]) -> None:
+        found: set[int] = set()
+        labelled = 0
+        for index in range(len(self.data)):  # type: ignore[arg-type]
+            label = self.subjects[index].get("label")
+            if isinstance(label, MetaTensor) and "label_ids" in label.meta:
+                labelled += 1
+                found |= {int(label_id) for label_id in label.meta["label_ids"].split()}
+        if labelled == 0:
+            return
+        missing = sorted(set(label_ids) - found)
+        if missing:
+            raise ValueError(
+                f"label ids {missing} are configured, but none of the {labelled} labelled subjects has them; found are "
+                f"{sorted(found)}."
+            )
+        extra = sorted(found - set(label_ids) - {0})
+        if extra:
+            logger.info(f"Label ids {extra} are in the data but not configured; they count as background.")
+
+    def __len__(self) -> int:
+        if self.pairs is not None:
+            return len(self.pairs)
+        number = len(self.data)  # type: ignore[arg-type]
+        return number * (number - 1)
+
+    def pair_indices(self, index: int) -> tuple[int, int]:
+        """The (moving, fixed) subjects of an item."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} pairs, got index {index}.")
+        index %= len(self)
+        if self.pairs is not None:
+            moving, fixed = self.pairs[index]
+            return int(moving), int(fixed)
+        moving, fixed = divmod(index, len(self.data) - 1)  # type: ignore[arg-type]
+        # the diagonal, a subject with itself, is left out
+        return moving, fixed + (fixed >= moving)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair: dict[str, Any] = {}
+        for role, subject in zip(("moving", "fixed"), self.pair_indices(index)):
+            # shallow copies: the cached tensors are shared by many pairs
+            pair.update({f"{role}_{key}": value for key, value in self.subjects[subject].items()})
+        result = pair if self.pair_transform is None else self.pair_transform(pair)
+        return result  # type: ignore[no-any-return]
+
+
+def subject_name(image: Any) -> str:
+    """Name of a subject: the file name of its image without extensions."""
+    filename = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
+    return Path(str(filename)).name.split(".")[0]

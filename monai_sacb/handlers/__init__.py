@@ -1,0 +1,17 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
+from .pair_metric import PairMetric
+from .registration_figure import RegistrationFigure
+from .registration_table import RegistrationTable
+
+__all__ = [
+    "BestModelSaver",
+    "LoadWeights",
+    "PairMetric",
+    "RegistrationFigure",
+    "RegistrationTable",
+    "TrainingCheckpoint",
+]

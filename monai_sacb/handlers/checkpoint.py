@@ -1,0 +1,245 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from monai_sacb.utils import replacing
+
+__all__ = ["BestModelSaver", "LoadWeights", "TrainingCheckpoint"]
+
+
+def save_atomically(content: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` to a temporary name, then rename: a reader never meets half a file."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def unwrapped_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of a network, without the prefix that ``DistributedDataParallel`` adds."""
+    module = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    return dict(module.state_dict())
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
+    """
+    Load a plain state dict into a network, strictly.
+
+    Args:
+        network: the network.
+        path: file written by ``torch.save``; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is not a state dict, or that of another network.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at '{path}'.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"'{path}' is not a readable file of weights ({reason}).") from error
+    if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
+        # the state of a whole training
+        state = state["network"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"'{path}' is not a state dict of tensors.")
+    expected = unwrapped_state(network)
+    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    misfits = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
+    if missing or surplus or misfits:
+        examples = ", ".join([*missing[:2], *surplus[:2], *misfits[:2]])
+        raise ValueError(
+            f"'{path}' holds the weights of another network: {len(missing)} parameters are missing, {len(surplus)} are "
+            f"unknown and {len(misfits)} have another shape ({examples})."
+        )
+    module = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    module.load_state_dict(state)
+
+
+class LoadWeights:
+    """
+    Load weights into a network when called, or when an engine that it is attached to starts.
+
+    Against MONAI's ``CheckpointLoader``, a file of another network is refused in one sentence.
+
+    Args:
+        path: file with the state dict.
+        network: the network.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], network: nn.Module) -> None:
+        self.path = path
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Load when the engine starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        load_weights(self.network, self.path)
+        logging.getLogger(__name__).info(f"Loaded weights from '{self.path}'.")
+
+
+class BestModelSaver:
+    """
+    Keep the weights with the best key metric of an evaluator, as a plain state dict.
+
+    Args:
+        path: the file; written to a temporary name and renamed.
+        network: the network.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], network: nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+        self._saved: float | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Compare after every validation; the evaluator itself keeps the best value."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        best = engine.state.best_metric
+        is_best = engine.state.metrics.get(engine.state.key_metric_name) == best
+        if is_best and best != self._saved:
+            save_atomically(unwrapped_state(self.network), self.path)
+            self._saved = best
+
+    def restored(self, best: float) -> None:
+        """Take note of the best value of a resumed training, whose weights are on disk already."""
+        self._saved = best
+
+
+def _random_states() -> dict[str, Any]:
+    """States of all random number generators, of types that ``torch.load(weights_only=True)`` reads."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_states(states: Mapping[str, Any]) -> None:
+    random.setstate(states["python"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class TrainingCheckpoint:
+    """
+    Save the whole state of a training after every few epochs, and go on from it.
+
+    The state is: the network, the optimizer, the schedule, the epoch, the random number generators, and the best metric
+    so far. It is written to a temporary name and renamed. Attach it after the handlers that validate and that change
+    the learning rate, whose effect belongs to the epoch.
+
+    Args:
+        path: the file of the state.
+        network, optimizer, lr_scheduler: what is trained, with what.
+        evaluator: evaluator whose best metric is kept.
+        best_saver: the handler that saves the best weights, told about a resumed best value.
+        resume: whether to go on from the file. A missing file starts a new training, and says so.
+        interval: epochs between saves; the last epoch is always saved.
+
+    Raises:
+        ValueError: When ``interval`` is below 1, or, at the start, the file is not a state of such a training.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        evaluator: Engine | None = None,
+        best_saver: BestModelSaver | None = None,
+        resume: bool = False,
+        interval: int = 1,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}.")
+        self.path = Path(path)
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.evaluator = evaluator
+        self.best_saver = best_saver
+        self.resume = resume
+        self.interval = interval
+        self.logger = logging.getLogger(__name__)
+
+    def attach(self, engine: Engine) -> None:
+        """Load when the trainer starts, save when an epoch has ended."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_completed(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            save_atomically(self.state_dict(engine), self.path)
+
+    def state_dict(self, engine: Engine) -> dict[str, Any]:
+        """Everything that a later run needs to go on after the engine's current epoch."""
+        state = {
+            "network": unwrapped_state(self.network),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "epoch": engine.state.epoch,
+            "epoch_length": engine.state.epoch_length,
+            "random": _random_states(),
+        }
+        if self.evaluator is not None:
+            # plain numbers, whatever type the metric has
+            state["best_metric"] = float(self.evaluator.state.best_metric)
+            state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
+        return state
+
+    def _started(self, engine: Engine) -> None:
+        if not self.resume:
+            return
+        if not self.path.is_file():
+            self.logger.warning(f"Nothing to resume at '{self.path}': training starts from the beginning.")
+            return
+        load_weights(self.network, self.path)
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        keys = {"network", "optimizer", "lr_scheduler", "epoch", "epoch_length", "random"}
+        if not keys <= state.keys():
+            raise ValueError(f"'{self.path}' is not the state of a training: {sorted(keys - state.keys())} are missing.")
+        if state["epoch_length"] != engine.state.epoch_length:
+            raise ValueError(
+                f"'{self.path}' has epochs of {state['epoch_length']} iterations, this training of "
+                f"{engine.state.epoch_length}."
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            total = getattr(self.lr_scheduler, "total_iters", None)
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if total is not None:
+                # a training that is resumed to go on for longer has the schedule of its new length
+                self.lr_scheduler.total_iters = total
+        if self.evaluator is not None and "best_metric" in state:
+            self.evaluator.state.best_metric = state["best_metric"]
+            self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+            if self.best_saver is not None:
+                self.best_saver.restored(state["best_metric"])
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * state["epoch_length"]
+        _restore_random_states(state["random"])
+        self.logger.info(f"Resumed after epoch {state['epoch']} of {engine.state.max_epochs} from '{self.path}'.")

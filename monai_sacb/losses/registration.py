@@ -1,0 +1,84 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from monai.losses import DiceLoss
+from monai.networks import one_hot
+from monai_sacb.losses.lncc import LNCCLoss
+from monai_sacb.losses.smoothness import GradientPenaltyLoss
+from monai_sacb.networks.layers import warp
+
+__all__ = ["RegistrationLoss"]
+
+
+class RegistrationLoss(nn.Module):
+    """
+    Similarity of the warped moving image to the fixed one, plus smoothness of the field, plus overlap of labels.
+
+    Every term is a module that can be exchanged, for one of MONAI's losses for instance.
+
+    Args:
+        similarity: ``(warped, fixed) -> loss``. Defaults to :py:class:`LNCCLoss` with its window of 9 voxels.
+        regularization: ``(ddf) -> loss``. Defaults to :py:class:`GradientPenaltyLoss`.
+        regularization_weight: weight λ of the regularization.
+        label: ``(warped one-hot, fixed one-hot) -> loss``. Defaults to MONAI's ``DiceLoss`` without background. Used
+            only where ``label_weight`` is not 0.
+        label_weight: weight of the label term. The labels of the moving image are warped as one-hot maps, linearly.
+        num_labels: number of labels, which are the values 1 to ``num_labels``; needed for the label term.
+
+    Raises:
+        ValueError: When a weight is negative, or the label term is wanted without ``num_labels``.
+
+    Source: Cheng et al., SACB-Net, CVPR 2025.
+    """
+
+    def __init__(
+        self,
+        similarity: nn.Module | None = None,
+        regularization: nn.Module | None = None,
+        regularization_weight: float = 1.0,
+        label: nn.Module | None = None,
+        label_weight: float = 0.0,
+        num_labels: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, weight in (("regularization_weight", regularization_weight), ("label_weight", label_weight)):
+            if weight < 0:
+                raise ValueError(f"{name} must not be negative, got {weight}.")
+        if label_weight > 0 and not num_labels:
+            raise ValueError(f"the label term needs num_labels of at least 1, got {num_labels}.")
+        self.similarity = LNCCLoss() if similarity is None else similarity
+        self.regularization = GradientPenaltyLoss() if regularization is None else regularization
+        self.regularization_weight = regularization_weight
+        self.label = DiceLoss(include_background=False) if label is None else label
+        self.label_weight = label_weight
+        self.num_labels = num_labels
+
+    def forward(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Args:
+            pred: DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back.
+            target: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; with the label term also
+                ``moving_label`` and ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``.
+
+        Returns:
+            the weighted sum, a scalar.
+
+        Raises:
+            ValueError: When the label term is wanted and the batch has no labels.
+        """
+        loss = self.similarity(warp(target["moving_image"], pred), target["fixed_image"])
+        if self.regularization_weight > 0:
+            loss = loss + self.regularization_weight * self.regularization(pred)
+        if self.label_weight > 0:
+            missing = [key for key in ("moving_label", "fixed_label") if key not in target]
+            if missing or self.num_labels is None:
+                raise ValueError(f"the label term of the loss needs labels, but the batch has no {missing}.")
+            moving, fixed = (one_hot(target[key], self.num_labels + 1) for key in ("moving_label", "fixed_label"))
+            loss = loss + self.label_weight * self.label(warp(moving, pred), fixed)
+        return loss

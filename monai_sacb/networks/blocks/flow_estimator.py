@@ -1,0 +1,92 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How each level of the pyramid turns two feature maps and the field so far into a better field."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from monai.networks.blocks import Convolution
+from monai_sacb.networks.blocks.sacb_block import SACBlock, conv_norm_act
+from monai_sacb.networks.blocks.similarity_matching import SimilarityMatching
+from monai_sacb.networks.layers import compose, warp
+
+__all__ = ["ConvFlowEstimator", "MatchingFlowEstimator"]
+
+
+class MatchingFlowEstimator(nn.Module):
+    """
+    Coarse level: both maps through one shared :py:class:`SACBlock`, then :py:class:`SimilarityMatching`.
+
+    Args:
+        channels: channels of the feature maps.
+        num_clusters: clusters of the block.
+        spatial_dims: 2 or 3.
+        negative_slope: slope of the LeakyReLU activations.
+
+    Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
+    """
+
+    def __init__(self, channels: int, num_clusters: int, spatial_dims: int = 3, negative_slope: float = 0.1) -> None:
+        super().__init__()
+        self.sacb = SACBlock(channels, num_clusters, spatial_dims, negative_slope)
+        self.matching = SimilarityMatching(window=3)
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            moving, fixed: features of the two images at this level, ``(B, C, *spatial)``.
+            ddf: the field so far, ``(B, d, *spatial)`` in voxels of this level, or None at the coarsest level.
+
+        Returns:
+            the improved field, ``(B, d, *spatial)`` in voxels of this level.
+        """
+        if ddf is not None:
+            moving = warp(moving, ddf)
+        # the fixed image comes first: a clusterer that replays recorded results relies on the order
+        fixed = self.sacb(fixed)
+        moving = self.sacb(moving)
+        delta = self.matching(moving, fixed)
+        if ddf is not None:
+            delta = compose(delta, ddf, padding_mode="zeros")
+        return delta
+
+
+class ConvFlowEstimator(nn.Module):
+    """
+    Finest level: two shared convolutions on both maps, then a stack of convolutions on the pair.
+
+    Args:
+        channels: channels of the feature maps.
+        spatial_dims: 2 or 3.
+        negative_slope: slope of the LeakyReLU activations.
+
+    Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
+    """
+
+    def __init__(self, channels: int, spatial_dims: int = 3, negative_slope: float = 0.1) -> None:
+        super().__init__()
+        self.refine = nn.Sequential(
+            conv_norm_act(spatial_dims, channels, channels, negative_slope),
+            conv_norm_act(spatial_dims, channels, channels, negative_slope),
+        )
+        self.flow = nn.Sequential(
+            conv_norm_act(spatial_dims, 2 * channels, channels, negative_slope),
+            conv_norm_act(spatial_dims, channels, channels, negative_slope),
+            Convolution(spatial_dims, channels, spatial_dims, kernel_size=3, conv_only=True),
+        )
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            moving, fixed: features of the two images at this level, ``(B, C, *spatial)``.
+            ddf: the field so far, ``(B, d, *spatial)`` in voxels of this level.
+
+        Returns:
+            the improved field, ``(B, d, *spatial)`` in voxels of this level.
+        """
+        # instance norm treats every image alone, so both can share one batch
+        moving, fixed = self.refine(torch.cat([warp(moving, ddf), fixed])).chunk(2)
+        delta = self.flow(torch.cat([fixed, moving], 1))
+        return compose(delta, ddf, padding_mode="zeros")

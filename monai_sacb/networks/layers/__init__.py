@@ -1,0 +1,18 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from .adaptive_conv import cluster_adaptive_conv
+from .kmeans import KMeans, kmeans
+from .warp import compose, exponential, invert, reference_grid, warp
+
+__all__ = [
+    "KMeans",
+    "cluster_adaptive_conv",
+    "compose",
+    "exponential",
+    "invert",
+    "kmeans",
+    "reference_grid",
+    "warp",
+]

@@ -1,0 +1,131 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling, composing, inverting and integrating dense displacement fields.
+
+A dense displacement field (DDF) is ``(B, d, *spatial)``, in voxels of the grid it lies on, channel i along array axis i,
+and pulls back: ``warped(p) = image(p + ddf(p))``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["compose", "exponential", "invert", "reference_grid", "warp"]
+
+
+def reference_grid(spatial_shape: list[int], device: torch.device) -> torch.Tensor:
+    """Voxel coordinates ``(d, *spatial)`` of a grid, float32: half precision cannot count to 300."""
+    axes = [torch.arange(size, dtype=torch.float32, device=device) for size in spatial_shape]
+    return torch.stack(torch.meshgrid(axes, indexing="ij"))
+
+
+def warp(
+    image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear", padding_mode: str = "zeros"
+) -> torch.Tensor:
+    """
+    Sample an image at ``p + ddf(p)`` for every voxel p of the field's grid.
+
+    The coordinates are computed in float32 (float64 for a float64 field) whatever the type of the inputs. The image
+    may have another size than the field; index 0 of both grids is the same place.
+
+    Args:
+        image: ``(B, C, *spatial)``, moving image; 2-D or 3-D.
+        ddf: ``(B, d, *spatial)``, displacement in voxels, pull-back, channel i along array axis i.
+        mode: ``"bilinear"`` (linear along each axis) or ``"nearest"``.
+        padding_mode: what lies outside the image, ``"zeros"``, ``"border"`` or ``"reflection"``.
+
+    Returns:
+        ``(B, C, *spatial of ddf)``. The type of the image, except that an integer image sampled linearly becomes
+        float32.
+
+    Raises:
+        ValueError: When the shapes do not belong together or an option is unknown.
+
+    """
+    dims = image.dim() - 2
+    if dims < 2 or dims > 3 or ddf.dim() != image.dim() or ddf.shape[1] != dims or ddf.shape[0] != image.shape[0]:
+        raise ValueError(
+            f"warp needs an image (B, C, *spatial) and a ddf (B, d, *spatial) of as many spatial dimensions d = 2 or "
+            f"3, got {list(image.shape)} and {list(ddf.shape)}."
+        )
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f"mode must be 'bilinear' or 'nearest', got '{mode}'.")
+    if padding_mode not in ("zeros", "border", "reflection"):
+        raise ValueError(f"padding_mode must be 'zeros', 'border' or 'reflection', got '{padding_mode}'.")
+    dtype = torch.float64 if ddf.dtype == torch.float64 or image.dtype == torch.float64 else torch.float32
+    points = reference_grid(ddf.shape[2:], ddf.device).to(dtype) + ddf.to(dtype)
+    # grid_sample wants coordinates in [-1, 1], last axis first
+    normalized = [2.0 * points[:, i] / max(image.shape[i + 2] - 1, 1) - 1.0 for i in range(dims)]
+    normalized.reverse()
+    warped = F.grid_sample(
+        image.to(dtype), torch.stack(normalized, -1), mode=mode, padding_mode=padding_mode, align_corners=True
+    )
+    if image.is_floating_point() or mode == "nearest":
+        return warped.to(image.dtype)
+    return warped
+
+
+def compose(first: torch.Tensor, second: torch.Tensor, padding_mode: str = "border") -> torch.Tensor:
+    """
+    One displacement field that does what two do in turn: ``p -> p + first(p) -> (p + first(p)) + second(p + first(p))``.
+
+    Warping an image with the result equals warping it with ``second`` and then with ``first`` (but interpolates once).
+
+    Args:
+        first: ``(B, d, *spatial)`` in voxels, applied to the points first.
+        second: ``(B, d, *spatial)`` in voxels, on the same grid.
+        padding_mode: what ``second`` is outside its grid, as in :py:func:`warp`.
+
+    Returns:
+        ``(B, d, *spatial)`` in voxels.
+    """
+    return warp(second, first, padding_mode=padding_mode) + first
+
+
+def invert(ddf: torch.Tensor, num_steps: int = 30) -> torch.Tensor:
+    """
+    Displacement field of the inverse mapping, by fixed-point iteration ``u_inv(p) = -u(p + u_inv(p))``.
+
+    Converges where the field is a contraction (no folds and moderate stretching).
+
+    Args:
+        ddf: ``(B, d, *spatial)`` in voxels, pull-back.
+        num_steps: number of iterations.
+
+    Returns:
+        ``(B, d, *spatial)`` in voxels on the same grid, with ``compose(ddf, invert(ddf))`` about zero.
+
+    Raises:
+        ValueError: When ``num_steps`` is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    inverse = -ddf
+    for _ in range(num_steps):
+        inverse = -warp(ddf, inverse, padding_mode="border")
+    return inverse
+
+
+def exponential(velocity: torch.Tensor, num_steps: int = 7) -> torch.Tensor:
+    """
+    Displacement field of the flow of a stationary velocity field at time 1, by scaling and squaring.
+
+    Args:
+        velocity: ``(B, d, *spatial)`` in voxels per unit of time.
+        num_steps: number of squarings; the field is divided by ``2 ** num_steps`` first.
+
+    Returns:
+        ``(B, d, *spatial)`` in voxels. Its inverse is ``exponential(-velocity)``.
+
+    Raises:
+        ValueError: When ``num_steps`` is negative.
+
+    Source: Arsigny et al., A log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
+    """
+    if num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {num_steps}.")
+    ddf = velocity / 2**num_steps
+    for _ in range(num_steps):
+        ddf = compose(ddf, ddf)
+    return ddf

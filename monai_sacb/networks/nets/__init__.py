@@ -1,0 +1,8 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from .feature_pyramid import FeaturePyramidEncoder
+from .sacb_net import SACBNet
+
+__all__ = ["FeaturePyramidEncoder", "SACBNet"]

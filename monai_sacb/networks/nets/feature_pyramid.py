@@ -1,0 +1,63 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from monai.networks.layers.factories import Pool
+from monai_sacb.networks.blocks.sacb_block import conv_norm_act
+
+__all__ = ["FeaturePyramidEncoder"]
+
+
+class FeaturePyramidEncoder(nn.Module):
+    """
+    The encoder of SACB-Net: feature maps at scales 1, 1/2, 1/4, 1/8 and 1/16.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        base_channels: width c; the levels have 2c, 4c, 8c, 16c and 16c channels.
+        negative_slope: slope of the LeakyReLU activations.
+
+    Attributes:
+        channels: the channels of the levels, finest first.
+
+    Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
+    """
+
+    def __init__(
+        self, spatial_dims: int = 3, in_channels: int = 1, base_channels: int = 4, negative_slope: float = 0.1
+    ) -> None:
+        super().__init__()
+        c = base_channels
+        self.channels = (2 * c, 4 * c, 8 * c, 16 * c, 16 * c)
+        level1 = nn.Sequential(
+            conv_norm_act(spatial_dims, in_channels, c, negative_slope),
+            conv_norm_act(spatial_dims, c, 2 * c, negative_slope),
+            conv_norm_act(spatial_dims, 2 * c, 2 * c, negative_slope),
+        )
+        self.levels = nn.ModuleList([level1])
+        for finer, channels in zip(self.channels[:-1], self.channels[1:]):
+            self.levels.append(
+                nn.Sequential(
+                    Pool[Pool.AVG, spatial_dims](2),
+                    conv_norm_act(spatial_dims, finer, channels, negative_slope),
+                    conv_norm_act(spatial_dims, channels, channels, negative_slope),
+                )
+            )
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Args:
+            image: ``(B, in_channels, *spatial)``, every axis a multiple of 16 and at least 32.
+
+        Returns:
+            five feature maps, level 1 (full resolution) first.
+        """
+        features = []
+        for level in self.levels:
+            image = level(image)
+            features.append(image)
+        return features

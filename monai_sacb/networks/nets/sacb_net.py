@@ -1,0 +1,123 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from monai.utils import ensure_tuple_rep
+from monai_sacb.networks.blocks import ConvFlowEstimator, MatchingFlowEstimator
+from monai_sacb.networks.nets.feature_pyramid import FeaturePyramidEncoder
+
+__all__ = ["SACBNet"]
+
+
+class SACBNet(nn.Module):
+    """
+    SACB-Net: the dense displacement field that lays a moving image on a fixed one.
+
+    A feature pyramid shared by both images, and at each scale a flow estimator whose convolutions adapt to regions found
+    by clustering the features. The network takes both images as one tensor and returns the field, as MONAI's ``LocalNet``
+    and ``RegUNet`` do; :py:func:`monai_sacb.networks.layers.warp` or MONAI's ``Warp`` applies it.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of one image.
+        base_channels: width c of the first convolution; the levels have 2c, 4c, 8c, 16c and 16c channels.
+        num_clusters: clusters of the blocks, one number or one for each of the levels 2, 3, 4 and 5.
+        negative_slope: slope of the LeakyReLU activations.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+
+    Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025.
+
+    Example::
+
+        >>> net = SACBNet(spatial_dims=3, in_channels=1)
+        >>> moving, fixed = torch.rand(1, 1, 40, 48, 36), torch.rand(1, 1, 40, 48, 36)
+        >>> ddf = net(torch.cat([moving, fixed], 1))
+        >>> warped = warp(moving, ddf)
+
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        base_channels: int = 4,
+        num_clusters: int | Sequence[int] = 7,
+        negative_slope: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        for name, value in (("in_channels", in_channels), ("base_channels", base_channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        # ensure_tuple_rep refuses a sequence that is not of one number per level
+        clusters = ensure_tuple_rep(num_clusters, 4)
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope)
+        channels = self.encoder.channels
+        # coarsest level first, the order in which they work
+        self.estimators = nn.ModuleList(
+            [
+                MatchingFlowEstimator(width, k, spatial_dims, negative_slope)
+                for width, k in zip(reversed(channels[1:]), reversed(clusters))
+            ]
+        )
+        self.finest_estimator = ConvFlowEstimator(channels[0], spatial_dims, negative_slope)
+        self.upsample_mode = "trilinear" if spatial_dims == 3 else "bilinear"
+
+    def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
+        """The same field on a grid of twice the size, in that grid's voxels."""
+        # float32: the field is the one quantity that half precision spoils
+        ddf = 2.0 * ddf
+        return F.interpolate(ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: ``(B, 2 * in_channels, *spatial)``, the moving image's channels before the fixed image's. Any size: axes
+                are padded with zeros at their far ends, to at least 32 and a multiple of 16, and the field is cropped.
+
+        Returns:
+            DDF ``(B, spatial_dims, *spatial)``, in voxels of the fixed grid, pull-back (``warped(p) = moving(p +
+            ddf(p))``), channel i along array axis i.
+
+        Raises:
+            ValueError: When the shape does not fit the network.
+        """
+        if x.dim() != self.spatial_dims + 2 or x.shape[1] != 2 * self.in_channels:
+            raise ValueError(
+                f"expected the moving and the fixed image as one tensor (B, {2 * self.in_channels}, "
+                f"{self.spatial_dims} spatial axes), got shape {list(x.shape)}."
+            )
+        spatial = list(x.shape[2:])
+        padding: list[int] = []
+        for size in spatial:
+            # F.pad wants the last axis first
+            padding = [0, max(32, (size + 15) // 16 * 16) - size] + padding
+        if max(padding) > 0:
+            x = F.pad(x, padding)
+        # instance norm treats every image alone, so both can share one batch
+        images = torch.cat([x[:, : self.in_channels], x[:, self.in_channels :]])
+        features = self.encoder(images)
+        moving, fixed = features[4].chunk(2)
+        level = 4
+        ddf: torch.Tensor | None = None
+        for estimator in self.estimators:
+            moving, fixed = features[level].chunk(2)
+            ddf = self._upsample(estimator(moving, fixed, ddf))
+            level -= 1
+        moving, fixed = features[0].chunk(2)
+        assert ddf is not None
+        ddf = self.finest_estimator(moving, fixed, ddf)
+        for axis, size in enumerate(spatial):
+            ddf = ddf.narrow(axis + 2, 0, size)
+        return ddf.contiguous()

@@ -1,0 +1,22 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from .checks import CheckPaird, CheckVolumed
+from .io import LoadVolumed
+from .labels import SelectLabelsd, select_labels
+from .spatial import ComposeDDFd, DDFToDisplacementd, PadPaird, RestoreGridd, WarpDDFd, ddf_to_displacement
+
+__all__ = [
+    "CheckPaird",
+    "CheckVolumed",
+    "ComposeDDFd",
+    "DDFToDisplacementd",
+    "LoadVolumed",
+    "PadPaird",
+    "RestoreGridd",
+    "SelectLabelsd",
+    "WarpDDFd",
+    "ddf_to_displacement",
+    "select_labels",
+]

@@ -1,0 +1,95 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+
+__all__ = ["CheckPaird", "CheckVolumed"]
+
+
+def _name(key: Hashable, image: Any) -> str:
+    """What to call an image in a message: its key and, where known, its file."""
+    filename = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
+    return f"{key} '{filename}'" if filename else str(key)
+
+
+class CheckVolumed(MapTransform):
+    """
+    Refuse images that registration cannot work with: of other dimensions than the network's, or not finite.
+
+    Args:
+        keys: images ``(C, *spatial)``.
+        spatial_dims: dimensions of the network, 2 or 3.
+        in_channels: channels that an image must have; any number by default.
+        allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When an image has another number of dimensions or channels, or NaN or infinite voxels.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spatial_dims: int = 3,
+        in_channels: int | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(data):
+            image = data[key]
+            spatial = tuple(image.shape[1:])
+            # readers give a single slice as a volume of thickness one
+            flat = self.spatial_dims == 3 and len(spatial) == 3 and 1 in spatial
+            if len(spatial) != self.spatial_dims or flat:
+                dims = 2 if flat else len(spatial)
+                raise ValueError(
+                    f"{_name(key, image)} is a {dims}-D image of size {spatial}; the network needs "
+                    f"{self.spatial_dims}-D images."
+                )
+            if self.in_channels is not None and image.shape[0] != self.in_channels:
+                raise ValueError(
+                    f"{_name(key, image)} has {image.shape[0]} channels; the network needs {self.in_channels}."
+                )
+            bad = int((~torch.isfinite(torch.as_tensor(image))).sum())
+            if bad:
+                raise ValueError(f"{_name(key, image)} has {bad} NaN or infinite voxels.")
+        return dict(data)
+
+
+class CheckPaird(Transform):
+    """
+    Refuse a pair whose images do not belong together, in the number of channels or the size of image and label.
+
+    Raises:
+        ValueError: When the moving and the fixed image have different numbers of channels, or a label map has another
+            size than its image.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        moving, fixed = data["moving_image"], data["fixed_image"]
+        if moving.shape[0] != fixed.shape[0]:
+            raise ValueError(
+                f"{_name('moving_image', moving)} has {moving.shape[0]} channels, but {_name('fixed_image', fixed)} has "
+                f"{fixed.shape[0]}."
+            )
+        for role, image in (("moving", moving), ("fixed", fixed)):
+            label = data.get(f"{role}_label")
+            if label is not None and label.shape[1:] != image.shape[1:]:
+                raise ValueError(
+                    f"{_name(f'{role}_label', label)} has size {tuple(label.shape[1:])}, but "
+                    f"{_name(f'{role}_image', image)} has {tuple(image.shape[1:])}."
+                )
+        return dict(data)

@@ -1,0 +1,64 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+__all__ = ["SelectLabelsd", "select_labels"]
+
+
+def select_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor:
+    """
+    Number the configured label values 1, 2, ... in their order; every other value becomes 0.
+
+    Args:
+        label: label map of any shape; the values must be whole numbers.
+        label_ids: the label values.
+
+    Returns:
+        uint8 map of the same shape (int16 for more than 255 labels).
+
+    Raises:
+        ValueError: When ``label_ids`` is empty, repeats a value or holds 0.
+    """
+    if len(label_ids) == 0 or len(set(label_ids)) != len(label_ids) or 0 in label_ids:
+        raise ValueError(f"label_ids must be distinct values other than 0, got {list(label_ids)}.")
+    selected = torch.zeros_like(label, dtype=torch.uint8 if len(label_ids) < 256 else torch.int16)
+    for number, label_id in enumerate(label_ids, start=1):
+        selected[label == label_id] = number
+    return selected
+
+
+class SelectLabelsd(MapTransform):
+    """
+    Dictionary wrapper of :py:func:`select_labels`.
+
+    The values that were found are kept in the meta data under ``label_ids``, as text, for
+    :py:class:`monai_sacb.data.PairDataset` to check.
+
+    Args:
+        keys: label maps.
+        label_ids: the label values.
+        allow_missing_keys: whether a key may be absent.
+    """
+
+    def __init__(self, keys: KeysCollection, label_ids: Sequence[int], allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.label_ids = [int(label_id) for label_id in label_ids]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(data):
+            label = data[key]
+            result[key] = select_labels(label, self.label_ids)
+            if isinstance(result[key], MetaTensor):
+                found = torch.unique(label.as_tensor()).tolist()
+                result[key].meta["label_ids"] = " ".join(str(int(value)) for value in found)
+        return result

@@ -1,0 +1,233 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, ResampleToMatch, SpatialPad, Transform
+from monai.utils import ensure_tuple_rep
+from monai_sacb.networks.layers import compose, warp
+
+__all__ = ["ComposeDDFd", "DDFToDisplacementd", "PadPaird", "RestoreGridd", "WarpDDFd", "ddf_to_displacement"]
+
+
+def _like(tensor: torch.Tensor, reference: Any) -> torch.Tensor:
+    """The tensor with the geometry (affine and meta data) of a reference image."""
+    if isinstance(reference, MetaTensor):
+        return MetaTensor(tensor, meta=dict(reference.meta))
+    return tensor
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else torch.as_tensor(tensor)
+
+
+class PadPaird(Transform):
+    """
+    Centre-pad both images of a pair, and what belongs to them, with zeros to the larger size along each axis.
+
+    Args:
+        keys: what to pad for each of the two roles, for ``image`` the entries ``moving_image`` and ``fixed_image``.
+            Missing entries are passed over.
+    """
+
+    def __init__(self, keys: Sequence[str] = ("image", "label")) -> None:
+        self.keys = tuple(keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        sizes = [tuple(data[f"{role}_image"].shape[1:]) for role in ("moving", "fixed")]
+        if sizes[0] != sizes[1]:
+            pad = SpatialPad([max(size) for size in zip(*sizes)])
+            for key in (f"{role}_{key}" for role in ("moving", "fixed") for key in self.keys):
+                if key in data:
+                    result[key] = pad(data[key])
+        return result
+
+
+class WarpDDFd(MapTransform):
+    """
+    Warp images with a displacement field. The results take the geometry of the fixed image.
+
+    Args:
+        keys: images on the moving side, ``(C, *spatial)``.
+        output_keys: where the warped images go.
+        ddf_key: DDF ``(d, *spatial)`` in voxels of the fixed grid, pull-back.
+        reference_key: the fixed image.
+        mode: ``"bilinear"`` or ``"nearest"``, one for all keys or one for each.
+        padding_mode: what lies outside the moving image, see :py:func:`monai_sacb.networks.layers.warp`.
+        allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When there are not as many output keys as keys.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_keys: KeysCollection,
+        ddf_key: str = "pred",
+        reference_key: str = "fixed_image",
+        mode: str | Sequence[str] = "bilinear",
+        padding_mode: str = "zeros",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
+        self.ddf_key = ddf_key
+        self.reference_key = reference_key
+        self.mode = ensure_tuple_rep(mode, len(self.keys))
+        self.padding_mode = padding_mode
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        ddf = _plain(data[self.ddf_key])
+        for key, output_key, mode in self.key_iterator(data, self.output_keys, self.mode):
+            image = _plain(data[key]).to(ddf.device)
+            warped = warp(image[None], ddf[None], mode=mode, padding_mode=self.padding_mode)[0]
+            result[output_key] = _like(warped, data[self.reference_key])
+        return result
+
+
+class ComposeDDFd(Transform):
+    """
+    The field that lays one subject on another, from their fields to a common template.
+
+    Subjects with ``subject(p) = template(p + ddf(p))`` are laid on each other by following the fixed subject's field to
+    the template and the moving subject's inverse field back.
+
+    Args:
+        ddf_key: the fixed subject's field, ``(d, *spatial)`` in voxels, pull-back from the subject to the template.
+        inverse_ddf_key: the moving subject's inverse field, of the same form.
+        mask_key: where this map is 0, the result is NaN, which says that it does not count.
+        output_key: where the result goes: DDF ``(d, *spatial)`` in voxels of the fixed grid, pull-back. Not made where
+            one of the fields is missing.
+    """
+
+    def __init__(
+        self,
+        ddf_key: str = "fixed_ddf",
+        inverse_ddf_key: str = "moving_inverse_ddf",
+        mask_key: str | None = "fixed_label",
+        output_key: str = "true_ddf",
+    ) -> None:
+        self.ddf_key = ddf_key
+        self.inverse_ddf_key = inverse_ddf_key
+        self.mask_key = mask_key
+        self.output_key = output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        # of each subject both fields are loaded; those that are not needed here would only take memory
+        unused = {key for key in data if str(key).endswith("_ddf")}
+        result = {key: value for key, value in data.items() if key not in unused}
+        if {self.ddf_key, self.inverse_ddf_key} <= unused:
+            ddf = compose(_plain(data[self.ddf_key])[None], _plain(data[self.inverse_ddf_key])[None])[0]
+            if self.mask_key is not None and self.mask_key in data:
+                ddf = torch.where(_plain(data[self.mask_key]) > 0, ddf, torch.nan)
+            result[self.output_key] = _like(ddf, data[self.ddf_key])
+        return result
+
+
+def ddf_to_displacement(ddf: torch.Tensor, fixed_affine: torch.Tensor, moving_affine: torch.Tensor) -> torch.Tensor:
+    """
+    Displacement in millimetres of ITK's LPS frame from a field in voxels.
+
+    The images are paired by array index: the voxel p of the fixed image goes to the voxel ``p + ddf(p)`` of the moving
+    image's grid, and each place is where its own image's affine says.
+
+    Args:
+        ddf: ``(3, D, H, W)`` in voxels, pull-back, channel i along array axis i.
+        fixed_affine: ``(4, 4)``, voxels of the fixed grid to RAS millimetres.
+        moving_affine: ``(4, 4)``, voxels of the moving grid to RAS millimetres.
+
+    Returns:
+        ``(3, D, H, W)``, for every voxel of the fixed grid the vector from its place to its partner's in the moving
+        image, LPS millimetres, float32.
+
+    Raises:
+        ValueError: When the field is not 3-D.
+    """
+    if ddf.dim() != 4 or ddf.shape[0] != 3:
+        raise ValueError(f"ddf must have shape (3, D, H, W), got {list(ddf.shape)}.")
+    axes = [torch.arange(size, dtype=torch.float64, device=ddf.device) for size in ddf.shape[1:]]
+    voxels = torch.stack(torch.meshgrid(axes, indexing="ij"))
+    fixed, moving = (torch.as_tensor(a, dtype=torch.float64, device=ddf.device) for a in (fixed_affine, moving_affine))
+    partner = torch.einsum("ij,jdhw->idhw", moving[:3, :3], voxels + ddf) + moving[:3, 3].view(3, 1, 1, 1)
+    place = torch.einsum("ij,jdhw->idhw", fixed[:3, :3], voxels) + fixed[:3, 3].view(3, 1, 1, 1)
+    lps = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64, device=ddf.device).view(3, 1, 1, 1)
+    return (lps * (partner - place)).float()
+
+
+class DDFToDisplacementd(Transform):
+    """
+    Dictionary wrapper of :py:func:`ddf_to_displacement`.
+
+    Args:
+        ddf_key: the field in voxels, ``(3, D, H, W)``.
+        fixed_key, moving_key: the two images, with their affines, on the grid of the field.
+        output_key: where the displacement in LPS millimetres goes; it takes the geometry of the fixed image.
+    """
+
+    def __init__(
+        self,
+        ddf_key: str = "pred",
+        fixed_key: str = "fixed_image",
+        moving_key: str = "moving_image",
+        output_key: str = "displacement",
+    ) -> None:
+        self.ddf_key = ddf_key
+        self.fixed_key = fixed_key
+        self.moving_key = moving_key
+        self.output_key = output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        fixed, moving = data[self.fixed_key], data[self.moving_key]
+        displacement = ddf_to_displacement(_plain(data[self.ddf_key]), fixed.affine, moving.affine)
+        return {**data, self.output_key: _like(displacement, fixed)}
+
+
+class RestoreGridd(MapTransform):
+    """
+    Bring results from the grid that the network worked on back to the grid of the file of the fixed image.
+
+    Args:
+        keys: results on the working grid, ``(C, *spatial)``, with its affine.
+        reference_key: the preprocessed fixed image; its meta data remember the file's affine and size.
+        mode: interpolation, one for all keys or one for each. Where preprocessing only turned, padded or cropped the
+            image, ``"nearest"`` and ``"bilinear"`` both return the very voxels.
+        padding_mode: what lies outside the working grid.
+        allow_missing_keys: whether a key may be absent.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        reference_key: str = "fixed_image",
+        mode: str | Sequence[str] = "bilinear",
+        padding_mode: str | Sequence[str] = "zeros",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.reference_key = reference_key
+        self.mode = ensure_tuple_rep(mode, len(self.keys))
+        self.padding_mode = ensure_tuple_rep(padding_mode, len(self.keys))
+        self.resample = ResampleToMatch()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        meta = data[self.reference_key].meta
+        size = [int(n) for n in meta["spatial_shape"]]
+        affine = torch.as_tensor(meta["original_affine"], dtype=torch.float64)
+        native = MetaTensor(torch.zeros(1, *size), affine=affine, meta={"filename_or_obj": meta["filename_or_obj"]})
+        for key, mode, padding_mode in self.key_iterator(data, self.mode, self.padding_mode):
+            image = data[key]
+            restored = self.resample(image, native, mode=mode, padding_mode=padding_mode, dtype=torch.float64)
+            result[key] = MetaTensor(
+                restored.as_tensor().to(image.dtype), affine=affine, meta={"filename_or_obj": meta["filename_or_obj"]}
+            )
+        return result

@@ -1,0 +1,41 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    Give a temporary name beside a file to write to, and rename it to the file's once all is written.
+
+    Whatever happens in between, a reader finds either the old file or the whole new one.
+
+    Args:
+        path: the file. Its folder is made where it is missing.
+
+    Yields:
+        the temporary path, with the same extensions (which file writers look at).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem, dot, extensions = path.name.partition(".")
+    handle, name = tempfile.mkstemp(prefix=f".{stem}-", suffix=dot + extensions, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files that only their owner may read
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
