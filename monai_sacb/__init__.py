@@ -4,8 +4,19 @@
 
 from __future__ import annotations
 
-from . import data, engines, handlers, losses, metrics, networks, transforms, utils, visualize
+from . import apps, data, engines, handlers, losses, metrics, networks, transforms, utils, visualize
+from .version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["data", "engines", "handlers", "losses", "metrics", "networks", "transforms", "utils", "visualize"]
+__all__ = [
+    "__version__",
+    "apps",
+    "data",
+    "engines",
+    "handlers",
+    "losses",
+    "metrics",
+    "networks",
+    "transforms",
+    "utils",
+    "visualize",
+]

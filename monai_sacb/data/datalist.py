@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_pairs", "load_subjects"]
+__all__ = ["load_pairs", "load_request", "load_subjects"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,12 @@ def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training"
     root, content = _read_json(dataset_dir)
     training, validation = (_section(content, root, name) for name in ("training", "validation"))
     known = {subject["image"]: subject for subject in [*training, *validation]}
-    listed = {s["image"]: {**s, **known.get(s["image"], {})} for name in PAIR_LISTS[:1] for pair in
-              _pair_section(content, root, name) for s in pair}
+    listed = {
+        s["image"]: {**s, **known.get(s["image"], {})}
+        for name in PAIR_LISTS[:1]
+        for pair in _pair_section(content, root, name)
+        for s in pair
+    }
     held_out = {subject["image"]: subject for subject in validation} | listed
     if not held_out:
         if len(training) < 4:
@@ -147,3 +151,41 @@ def load_pairs(
                 raise ValueError(f"{name}[{i}] names '{subject['image']}', which is not among the subjects.")
         pairs.append((index[moving["image"]], index[fixed["image"]]))
     return pairs or None
+
+
+def load_request(
+    dataset_dir: str | os.PathLike[str] | None = None,
+    moving_image: str | None = None,
+    fixed_image: str | None = None,
+    moving_label: str | None = None,
+    fixed_label: str | None = None,
+) -> dict[str, Any]:
+    """
+    What to register: two image files, or else the pairs of a dataset folder.
+
+    Args:
+        dataset_dir: folder with a ``dataset.json``, used where no files are given: its listed pairs, or all ordered
+            pairs of its validation subjects.
+        moving_image, fixed_image: the two files.
+        moving_label, fixed_label: label maps of the two images, where there are any.
+
+    Returns:
+        ``data``, the subjects, and ``pairs``, their (moving, fixed) index pairs or None for all ordered pairs, as
+        :py:class:`monai_sacb.data.PairDataset` takes them.
+
+    Raises:
+        FileNotFoundError: When a file does not exist.
+        ValueError: When only one of the two images is given, or nothing at all.
+    """
+    if (moving_image is None) != (fixed_image is None):
+        given = "moving_image" if fixed_image is None else "fixed_image"
+        raise ValueError(f"registration needs both moving_image and fixed_image, got only {given}.")
+    if moving_image is not None and fixed_image is not None:
+        moving = {"image": str(moving_image)} | ({} if moving_label is None else {"label": str(moving_label)})
+        fixed = {"image": str(fixed_image)} | ({} if fixed_label is None else {"label": str(fixed_label)})
+        data = [_subject(moving, Path.cwd(), "moving"), _subject(fixed, Path.cwd(), "fixed")]
+        return {"data": data, "pairs": [(0, 1)]}
+    if dataset_dir is None:
+        raise ValueError("nothing to register: give moving_image and fixed_image, or dataset_dir.")
+    data = load_subjects(dataset_dir, "validation")
+    return {"data": data, "pairs": load_pairs(dataset_dir, data)}

@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from monai.data import CacheDataset, MetaTensor
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 class PairDataset(Dataset):
     """
-    Pairs of subjects for registration. Each subject is loaded, transformed and cached once, however many pairs it is in.
+    Pairs of subjects for registration. Each subject is loaded, transformed and cached once, not once for every pair.
 
     An item is a dictionary with every key of the two subjects under ``moving_<key>`` and ``fixed_<key>``
     (``moving_image``, ``fixed_image``, ``moving_label``, ...), passed through ``pair_transform``.
@@ -53,7 +52,8 @@ class PairDataset(Dataset):
     ) -> None:
         if isinstance(data, Dataset) and transform is not None:
             raise ValueError("transform belongs to the dataset of subjects when data is a dataset.")
-        num_subjects = len(data)  # type: ignore[arg-type]
+        self.data = data
+        num_subjects = self.num_subjects
         if num_subjects == 0:
             raise ValueError("the list of subjects is empty.")
         if pairs is None and num_subjects < 2:
@@ -64,7 +64,6 @@ class PairDataset(Dataset):
             for pair in pairs:
                 if len(pair) != 2 or not all(0 <= index < num_subjects for index in pair):
                     raise ValueError(f"a pair must be two indices below {num_subjects}, got {tuple(pair)}.")
-        self.data = data
         self.pairs = pairs
         self.pair_transform = pair_transform
         self.subjects: Dataset = (
@@ -75,10 +74,15 @@ class PairDataset(Dataset):
         if label_ids is not None and cache_rate == 1.0:
             self._check_labels(label_ids)
 
+    @property
+    def num_subjects(self) -> int:
+        """Number of subjects."""
+        return len(self.data)  # type: ignore[arg-type]
+
     def _check_labels(self, label_ids: Sequence[int]) -> None:
         found: set[int] = set()
         labelled = 0
-        for index in range(len(self.data)):  # type: ignore[arg-type]
+        for index in range(self.num_subjects):
             label = self.subjects[index].get("label")
             if isinstance(label, MetaTensor) and "label_ids" in label.meta:
                 labelled += 1
@@ -98,7 +102,7 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         if self.pairs is not None:
             return len(self.pairs)
-        number = len(self.data)  # type: ignore[arg-type]
+        number = self.num_subjects
         return number * (number - 1)
 
     def pair_indices(self, index: int) -> tuple[int, int]:
@@ -109,7 +113,7 @@ class PairDataset(Dataset):
         if self.pairs is not None:
             moving, fixed = self.pairs[index]
             return int(moving), int(fixed)
-        moving, fixed = divmod(index, len(self.data) - 1)  # type: ignore[arg-type]
+        moving, fixed = divmod(index, self.num_subjects - 1)
         # the diagonal, a subject with itself, is left out
         return moving, fixed + (fixed >= moving)
 
@@ -119,7 +123,7 @@ class PairDataset(Dataset):
             # shallow copies: the cached tensors are shared by many pairs
             pair.update({f"{role}_{key}": value for key, value in self.subjects[subject].items()})
         result = pair if self.pair_transform is None else self.pair_transform(pair)
-        return result  # type: ignore[no-any-return]
+        return result
 
 
 def subject_name(image: Any) -> str:

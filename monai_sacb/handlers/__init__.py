@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
 from .pair_metric import PairMetric
+from .pair_saver import PairSaver
 from .registration_figure import RegistrationFigure
 from .registration_table import RegistrationTable
 
@@ -11,6 +12,7 @@ __all__ = [
     "BestModelSaver",
     "LoadWeights",
     "PairMetric",
+    "PairSaver",
     "RegistrationFigure",
     "RegistrationTable",
     "TrainingCheckpoint",

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from torch import nn
+
+from monai.engines import Workflow
 
 from monai_sacb.utils import replacing
 
@@ -84,11 +86,11 @@ class LoadWeights:
         self.path = path
         self.network = network
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Load when the engine starts."""
         engine.add_event_handler(Events.STARTED, self)
 
-    def __call__(self, engine: Engine | None = None) -> None:
+    def __call__(self, engine: Workflow | None = None) -> None:
         load_weights(self.network, self.path)
         logging.getLogger(__name__).info(f"Loaded weights from '{self.path}'.")
 
@@ -107,11 +109,11 @@ class BestModelSaver:
         self.network = network
         self._saved: float | None = None
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Compare after every validation; the evaluator itself keeps the best value."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Workflow) -> None:
         best = engine.state.best_metric
         is_best = engine.state.metrics.get(engine.state.key_metric_name) == best
         if is_best and best != self._saved:
@@ -169,7 +171,7 @@ class TrainingCheckpoint:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-        evaluator: Engine | None = None,
+        evaluator: Workflow | None = None,
         best_saver: BestModelSaver | None = None,
         resume: bool = False,
         interval: int = 1,
@@ -186,18 +188,18 @@ class TrainingCheckpoint:
         self.interval = interval
         self.logger = logging.getLogger(__name__)
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Load when the trainer starts, save when an epoch has ended."""
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
-    def _epoch_completed(self, engine: Engine) -> None:
+    def _epoch_completed(self, engine: Workflow) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
             save_atomically(self.state_dict(engine), self.path)
 
-    def state_dict(self, engine: Engine) -> dict[str, Any]:
+    def state_dict(self, engine: Workflow) -> dict[str, Any]:
         """Everything that a later run needs to go on after the engine's current epoch."""
-        state = {
+        state: dict[str, Any] = {
             "network": unwrapped_state(self.network),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
@@ -211,7 +213,7 @@ class TrainingCheckpoint:
             state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
         return state
 
-    def _started(self, engine: Engine) -> None:
+    def _started(self, engine: Workflow) -> None:
         if not self.resume:
             return
         if not self.path.is_file():
@@ -221,7 +223,9 @@ class TrainingCheckpoint:
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         keys = {"network", "optimizer", "lr_scheduler", "epoch", "epoch_length", "random"}
         if not keys <= state.keys():
-            raise ValueError(f"'{self.path}' is not the state of a training: {sorted(keys - state.keys())} are missing.")
+            raise ValueError(
+                f"'{self.path}' is not the state of a training: {sorted(keys - state.keys())} are missing."
+            )
         if state["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
                 f"'{self.path}' has epochs of {state['epoch_length']} iterations, this training of "
@@ -229,11 +233,10 @@ class TrainingCheckpoint:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
-            total = getattr(self.lr_scheduler, "total_iters", None)
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if total is not None:
-                # a training that is resumed to go on for longer has the schedule of its new length
-                self.lr_scheduler.total_iters = total
+            schedule = dict(state["lr_scheduler"])
+            # a training that is resumed to go on for longer has the schedule of its new length
+            schedule.pop("total_iters", None)
+            self.lr_scheduler.load_state_dict(schedule)
         if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]

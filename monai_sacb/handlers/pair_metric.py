@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ignite.engine import Engine
-
+from monai.engines import Workflow
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 
 __all__ = ["PairMetric", "pair_items"]
 
 
-def pair_items(engine: Engine) -> list[dict[str, Any]]:
+def pair_items(engine: Workflow) -> list[dict[str, Any]]:
     """What is known of every pair of the current, decollated iteration: its batch entries and the results."""
     return [{**batch, **output} for batch, output in zip(engine.state.batch, engine.state.output)]
 
@@ -34,9 +33,7 @@ class PairMetric(IgniteMetricHandler):
         ValueError: When there are not one or two keys.
     """
 
-    def __init__(
-        self, metric_fn: CumulativeIterationMetric, keys: Sequence[str], save_details: bool = True
-    ) -> None:
+    def __init__(self, metric_fn: CumulativeIterationMetric, keys: Sequence[str], save_details: bool = True) -> None:
         super().__init__(metric_fn=metric_fn, save_details=save_details)
         if isinstance(keys, str) or len(keys) not in (1, 2):
             raise ValueError(f"keys must be a list of one or two entries, got {keys!r}.")
@@ -47,7 +44,7 @@ class PairMetric(IgniteMetricHandler):
         self.num_pairs = 0
         super().reset()
 
-    def iteration_completed(self, engine: Engine) -> None:
+    def iteration_completed(self, engine: Workflow) -> None:
         """Measure the pairs of this iteration."""
         items = [item for item in pair_items(engine) if all(key in item for key in self.keys)]
         if items:
@@ -55,9 +52,9 @@ class PairMetric(IgniteMetricHandler):
             columns = [[item[key] for item in items] for key in self.keys]
             # one device for both, wherever the loader left the reference
             columns[1:] = [[y.to(x.device) for x, y in zip(columns[0], column)] for column in columns[1:]]
-            self.update((columns[0], columns[1] if len(columns) > 1 else None))  # type: ignore[arg-type]
+            self.update((columns[0], columns[1] if len(columns) > 1 else None))
 
-    def completed(self, engine: Engine, name: str) -> None:
+    def completed(self, engine: Workflow, name: str) -> None:
         """Write the result to the engine's metrics, if there is one."""
         if self.num_pairs > 0:
             super().completed(engine, name)

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+
+from monai.engines import Workflow
 
 from monai_sacb.data.pair_dataset import subject_name
 from monai_sacb.handlers.pair_metric import pair_items
@@ -42,16 +44,16 @@ class RegistrationFigure:
         self.dice_before = dice_before
         self._item: dict[str, Any] | None = None
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Keep the first pair, and draw it when the evaluation has ended."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
-    def _iteration_completed(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Workflow) -> None:
         if engine.state.iteration == 1:
             self._item = pair_items(engine)[0]
 
-    def _completed(self, engine: Engine) -> None:
+    def _completed(self, engine: Workflow) -> None:
         if self._item is None:
             return
         item, self._item = self._item, None
@@ -60,7 +62,7 @@ class RegistrationFigure:
         if self.dice in details and self.dice_before in details:
             before, after = (float(details[name][0].nanmean()) for name in (self.dice_before, self.dice))
             title += f": Dice {before:.3f} before, {after:.3f} after"
-        images = [item[key][0].cpu() for key in ("moving_image", "fixed_image", self.warped_key)]
-        figure = plot_registration(*images, ddf=item[self.ddf_key], title=title)
+        moving, fixed, warped = (item[key][0].cpu() for key in ("moving_image", "fixed_image", self.warped_key))
+        figure = plot_registration(moving, fixed, warped, item[self.ddf_key], title)
         with replacing(self.path) as path:
             figure.savefig(path, dpi=120)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+
+from monai.engines import Workflow
 
 from monai_sacb.data.pair_dataset import subject_name
 from monai_sacb.handlers.pair_metric import pair_items
@@ -54,18 +56,18 @@ class RegistrationTable:
         self.logger = logging.getLogger(__name__)
         self._pairs: list[tuple[str, str]] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Collect the names of the pairs, and report when the evaluation has ended."""
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
-    def _started(self, engine: Engine) -> None:
+    def _started(self, engine: Workflow) -> None:
         self._pairs = []
         # the details of an earlier evaluation must not appear in this one's table
         engine.state.metric_details = {}
 
-    def _iteration_completed(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Workflow) -> None:
         for item in pair_items(engine):
             self._pairs.append((subject_name(item["moving_image"]), subject_name(item["fixed_image"])))
 
@@ -82,7 +84,7 @@ class RegistrationTable:
                 columns[name] = details[name].flatten().cpu()
         return columns
 
-    def _completed(self, engine: Engine) -> None:
+    def _completed(self, engine: Workflow) -> None:
         columns = self._columns(engine.state.metric_details)
         columns = {name: values for name, values in columns.items() if len(values) == len(self._pairs)}
         self.logger.info("\n" + self.table(columns))

@@ -9,6 +9,7 @@ from torch import nn
 
 from monai.losses import DiceLoss
 from monai.networks import one_hot
+
 from monai_sacb.losses.lncc import LNCCLoss
 from monai_sacb.losses.smoothness import GradientPenaltyLoss
 from monai_sacb.networks.layers import warp

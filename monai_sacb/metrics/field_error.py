@@ -54,7 +54,7 @@ class FieldErrorMetric(CumulativeIterationMetric):
         self.identity = identity
         self.reduction = reduction
 
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         if y is None:
             raise ValueError("the true field is needed as y.")
         dims = y_pred.shape[1]
@@ -65,11 +65,11 @@ class FieldErrorMetric(CumulativeIterationMetric):
         ddf = torch.zeros_like(torch.as_tensor(y_pred)) if self.identity else torch.as_tensor(y_pred)
         return compute_field_error(_plain(ddf), _plain(y), spacing)
 
-    def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:  # type: ignore[override]
+    def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:
         data = self.get_buffer()
         if not isinstance(data, torch.Tensor):
             raise ValueError(f"nothing has been measured yet, the buffer is {type(data).__name__}.")
-        return do_metric_reduction(data, reduction or self.reduction)[0]  # type: ignore[arg-type]
+        return do_metric_reduction(data, reduction or self.reduction)[0]
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

@@ -68,11 +68,11 @@ class FoldsMetric(CumulativeIterationMetric):
         super().__init__()
         self.reduction = reduction
 
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         return compute_folds(torch.as_tensor(y_pred))
 
-    def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:  # type: ignore[override]
+    def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:
         data = self.get_buffer()
         if not isinstance(data, torch.Tensor):
             raise ValueError(f"nothing has been measured yet, the buffer is {type(data).__name__}.")
-        return do_metric_reduction(data, reduction or self.reduction)[0]  # type: ignore[arg-type]
+        return do_metric_reduction(data, reduction or self.reduction)[0]

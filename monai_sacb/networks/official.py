@@ -112,9 +112,7 @@ def load_official_checkpoint(path: str | os.PathLike[str], num_clusters: int | S
     if foreign or first is None or first.dim() != 5:
         what = f"unknown parameter '{foreign[0]}'" if foreign else "no encoder.conv0.0.conv.weight of a 3-D convolution"
         raise ValueError(f"'{path}' is not a SACB-Net checkpoint in the original layout: {what}.")
-    net = SACBNet(
-        spatial_dims=3, in_channels=first.shape[1], base_channels=first.shape[0], num_clusters=num_clusters
-    )
+    net = SACBNet(spatial_dims=3, in_channels=first.shape[1], base_channels=first.shape[0], num_clusters=num_clusters)
     expected = net.state_dict()
     missing = sorted(expected.keys() - renamed.keys())
     misfits = sorted(k for k in expected.keys() & renamed.keys() if expected[k].shape != renamed[k].shape)

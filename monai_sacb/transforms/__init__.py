@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checks import CheckPaird, CheckVolumed
 from .io import LoadVolumed
 from .labels import SelectLabelsd, select_labels
+from .save import SaveRegistrationd, save_displacement
 from .spatial import ComposeDDFd, DDFToDisplacementd, PadPaird, RestoreGridd, WarpDDFd, ddf_to_displacement
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "LoadVolumed",
     "PadPaird",
     "RestoreGridd",
+    "SaveRegistrationd",
     "SelectLabelsd",
     "WarpDDFd",
     "ddf_to_displacement",
+    "save_displacement",
     "select_labels",
 ]

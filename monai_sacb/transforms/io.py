@@ -25,9 +25,7 @@ class LoadVolumed(LoadImaged):
         ValueError: When a file is missing, truncated or not an image.
     """
 
-    def __call__(
-        self, data: Mapping[Hashable, Any], reader: ImageReader | None = None
-    ) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Hashable, Any], reader: ImageReader | None = None) -> dict[Hashable, Any]:
         loaded = dict(data)
         for key, meta_key, meta_key_postfix in self.key_iterator(data, self.meta_keys, self.meta_key_postfix):
             single = LoadImaged.__new__(LoadImaged)

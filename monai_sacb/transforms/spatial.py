@@ -11,6 +11,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResampleToMatch, SpatialPad, Transform
 from monai.utils import ensure_tuple_rep
+
 from monai_sacb.networks.layers import compose, warp
 
 __all__ = ["ComposeDDFd", "DDFToDisplacementd", "PadPaird", "RestoreGridd", "WarpDDFd", "ddf_to_displacement"]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from monai.networks.blocks import Convolution
+
 from monai_sacb.networks.blocks.sacb_block import SACBlock, conv_norm_act
 from monai_sacb.networks.blocks.similarity_matching import SimilarityMatching
 from monai_sacb.networks.layers import compose, warp

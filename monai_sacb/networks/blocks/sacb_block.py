@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from monai.networks.blocks import Convolution
+
 from monai_sacb.networks.layers import KMeans, cluster_adaptive_conv
 from monai_sacb.networks.layers.neighborhood import pad_spatial
 
@@ -75,9 +76,7 @@ class SACBlock(nn.Module):
     Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025, section 3.
     """
 
-    def __init__(
-        self, channels: int, num_clusters: int, spatial_dims: int = 3, negative_slope: float = 0.1
-    ) -> None:
+    def __init__(self, channels: int, num_clusters: int, spatial_dims: int = 3, negative_slope: float = 0.1) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}.")

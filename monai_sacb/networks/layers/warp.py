@@ -20,9 +20,7 @@ def reference_grid(spatial_shape: list[int], device: torch.device) -> torch.Tens
     return torch.stack(torch.meshgrid(axes, indexing="ij"))
 
 
-def warp(
-    image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear", padding_mode: str = "zeros"
-) -> torch.Tensor:
+def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear", padding_mode: str = "zeros") -> torch.Tensor:
     """
     Sample an image at ``p + ddf(p)`` for every voxel p of the field's grid.
 
@@ -54,7 +52,7 @@ def warp(
     if padding_mode not in ("zeros", "border", "reflection"):
         raise ValueError(f"padding_mode must be 'zeros', 'border' or 'reflection', got '{padding_mode}'.")
     dtype = torch.float64 if ddf.dtype == torch.float64 or image.dtype == torch.float64 else torch.float32
-    points = reference_grid(ddf.shape[2:], ddf.device).to(dtype) + ddf.to(dtype)
+    points = reference_grid(list(ddf.shape[2:]), ddf.device).to(dtype) + ddf.to(dtype)
     # grid_sample wants coordinates in [-1, 1], last axis first
     normalized = [2.0 * points[:, i] / max(image.shape[i + 2] - 1, 1) - 1.0 for i in range(dims)]
     normalized.reverse()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from monai.networks.layers.factories import Pool
+
 from monai_sacb.networks.blocks.sacb_block import conv_norm_act
 
 __all__ = ["FeaturePyramidEncoder"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from monai.utils import ensure_tuple_rep
+
 from monai_sacb.networks.blocks import ConvFlowEstimator, MatchingFlowEstimator
 from monai_sacb.networks.nets.feature_pyramid import FeaturePyramidEncoder
 

@@ -1,0 +1,7 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from .bundle import bundle, bundle_source
+
+__all__ = ["bundle", "bundle_source"]

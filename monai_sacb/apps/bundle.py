@@ -1,0 +1,54 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+__all__ = ["bundle", "bundle_source"]
+
+PARTS = ("LICENSE", "configs", "docs", "models")
+
+
+def bundle_source() -> Path:
+    """The folder of the bundle that came with the package, in an installation or in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "bundle", package.parent / "bundle"):
+        if (folder / "configs" / "metadata.json").is_file():
+            return folder
+    raise FileNotFoundError(f"this installation of monai_sacb in '{package}' has no bundle; install it again.")
+
+
+def bundle(output_dir: str | os.PathLike[str]) -> str:
+    """
+    Write a copy of the MONAI bundle that came with the package.
+
+    Args:
+        output_dir: the new folder; it must not exist yet.
+
+    Returns:
+        the folder.
+
+    Raises:
+        FileExistsError: When the folder exists.
+    """
+    target = Path(output_dir)
+    if target.exists():
+        raise FileExistsError(f"'{target}' exists already.")
+    source = bundle_source()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for part in PARTS:
+            path = source / part
+            if path.is_dir():
+                shutil.copytree(path, temporary / part, ignore=shutil.ignore_patterns("__pycache__"))
+            elif path.is_file():
+                shutil.copy2(path, temporary / part)
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(target)

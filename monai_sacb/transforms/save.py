@@ -1,0 +1,115 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from monai.data import MetaTensor
+from monai.transforms import Transform
+
+from monai_sacb.data.pair_dataset import subject_name
+from monai_sacb.utils import replacing
+
+__all__ = ["SaveRegistrationd", "save_displacement"]
+
+
+def save_displacement(displacement: torch.Tensor, affine: torch.Tensor, path: str | os.PathLike[str]) -> None:
+    """
+    Write a displacement field as the NIfTI vector image that ITK, ANTs and 3D Slicer take for a transform.
+
+    Args:
+        displacement: ``(3, D, H, W)``, LPS millimetres, from each voxel of the fixed grid to its partner's place.
+        affine: ``(4, 4)``, voxels of the fixed grid to RAS millimetres.
+        path: the file, ``.nii`` or ``.nii.gz``; written to a temporary name and renamed.
+
+    Raises:
+        ValueError: When the shape is not that of a 3-D field.
+    """
+    if displacement.dim() != 4 or displacement.shape[0] != 3:
+        raise ValueError(f"displacement must have shape (3, D, H, W), got {list(displacement.shape)}.")
+    # NIfTI keeps the components of a vector in the fifth axis
+    vectors = np.moveaxis(displacement.detach().cpu().numpy().astype(np.float32), 0, -1)[:, :, :, None, :]
+    image = nib.Nifti1Image(vectors, np.asarray(affine))
+    image.header.set_intent("vector")
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+def _save_image(array: np.ndarray, affine: torch.Tensor, path: Path) -> None:
+    # one channel is written as a plain volume, several as the fourth axis
+    array = array[0] if array.shape[0] == 1 else np.moveaxis(array, 0, -1)
+    with replacing(path) as temporary:
+        nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary)
+
+
+class SaveRegistrationd(Transform):
+    """
+    Write the result of one pair into a folder of its own, ``<moving>_to_<fixed>`` after the files of the two images.
+
+    Writes ``warped.nii.gz``, ``warped_label.nii.gz`` and ``displacement.nii.gz``, as far as the entries exist, on
+    the grid that their affine says; run :py:class:`RestoreGridd` first for that of the fixed image's file.
+
+    Args:
+        output_dir: folder of the folders.
+        image_key: warped image, ``(C, D, H, W)``.
+        label_key: warped label map, ``(1, D, H, W)``.
+        displacement_key: displacement ``(3, D, H, W)`` in LPS millimetres.
+        moving_key, fixed_key: the two images, for their names.
+        label_ids: values to write for the labels 1, 2, ..., where ``SelectLabelsd`` has numbered them anew.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        image_key: str = "warped_image",
+        label_key: str = "warped_label",
+        displacement_key: str = "displacement",
+        moving_key: str = "moving_image",
+        fixed_key: str = "fixed_image",
+        label_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.image_key = image_key
+        self.label_key = label_key
+        self.displacement_key = displacement_key
+        self.moving_key = moving_key
+        self.fixed_key = fixed_key
+        self.label_ids = label_ids
+        # which files each folder was written for: different images may have files of one name
+        self._folders: dict[str, tuple[str, str]] = {}
+
+    def _folder(self, moving: Any, fixed: Any) -> Path:
+        files = tuple(
+            str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
+            for image in (moving, fixed)
+        )
+        name = f"{subject_name(moving) or 'moving'}_to_{subject_name(fixed) or 'fixed'}"
+        unique, number = name, 1
+        while self._folders.setdefault(unique, (files[0], files[1])) != files:
+            number += 1
+            unique = f"{name}_{number}"
+        return self.output_dir / unique
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        folder = self._folder(data[self.moving_key], data[self.fixed_key])
+        if self.image_key in data:
+            image = data[self.image_key]
+            _save_image(image.detach().cpu().numpy(), image.affine, folder / "warped.nii.gz")
+        if self.label_key in data:
+            label = data[self.label_key]
+            array = np.rint(label.detach().cpu().numpy()).astype(np.int64)
+            if self.label_ids is not None:
+                array = np.array([0, *self.label_ids])[array]
+            small = np.uint8 if array.min() >= 0 and array.max() < 256 else np.int32
+            _save_image(array.astype(small), label.affine, folder / "warped_label.nii.gz")
+        if self.displacement_key in data:
+            displacement = data[self.displacement_key]
+            save_displacement(displacement.as_tensor(), displacement.affine, folder / "displacement.nii.gz")
+        return dict(data)
