@@ -82,8 +82,8 @@ class CheckPaird(Transform):
         moving, fixed = data["moving_image"], data["fixed_image"]
         if moving.shape[0] != fixed.shape[0]:
             raise ValueError(
-                f"{_name('moving_image', moving)} has {moving.shape[0]} channels, but {_name('fixed_image', fixed)} has "
-                f"{fixed.shape[0]}."
+                f"{_name('moving_image', moving)} has {moving.shape[0]} channels, but "
+                f"{_name('fixed_image', fixed)} has {fixed.shape[0]}."
             )
         for role, image in (("moving", moving), ("fixed", fixed)):
             label = data.get(f"{role}_label")

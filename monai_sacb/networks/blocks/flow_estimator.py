@@ -78,16 +78,20 @@ class ConvFlowEstimator(nn.Module):
             Convolution(spatial_dims, channels, spatial_dims, kernel_size=3, conv_only=True),
         )
 
-    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             moving, fixed: features of the two images at this level, ``(B, C, *spatial)``.
-            ddf: the field so far, ``(B, d, *spatial)`` in voxels of this level.
+            ddf: the field so far, ``(B, d, *spatial)`` in voxels of this level, or None for the identity.
 
         Returns:
             the improved field, ``(B, d, *spatial)`` in voxels of this level.
         """
+        if ddf is not None:
+            moving = warp(moving, ddf)
         # instance norm treats every image alone, so both can share one batch
-        moving, fixed = self.refine(torch.cat([warp(moving, ddf), fixed])).chunk(2)
+        moving, fixed = self.refine(torch.cat([moving, fixed])).chunk(2)
         delta = self.flow(torch.cat([fixed, moving], 1))
-        return compose(delta, ddf, padding_mode="zeros")
+        if ddf is not None:
+            delta = compose(delta, ddf, padding_mode="zeros")
+        return delta

@@ -113,10 +113,7 @@ class SACBlock(nn.Module):
         h = self.proj_in(x)
         # explicit zeros: the divisor is the full window at the border too, and avg_pool3d refuses axes shorter than it
         smooth = pad_spatial(h, 1)
-        if self.spatial_dims == 3:
-            smooth = F.avg_pool3d(smooth, 3, 1)
-        else:
-            smooth = F.avg_pool2d(smooth, 3, 1)
+        smooth = F.avg_pool3d(smooth, 3, 1) if self.spatial_dims == 3 else F.avg_pool2d(smooth, 3, 1)
         labels, centroids = self.clusterer(smooth.flatten(2).transpose(1, 2))
         gates = torch.sigmoid(self.gate_mlp(centroids.to(self.weight.dtype)))
         bias = self.bias_mlp(centroids.to(self.weight.dtype))

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling, composing, inverting and integrating dense displacement fields.
 
-A dense displacement field (DDF) is ``(B, d, *spatial)``, in voxels of the grid it lies on, channel i along array axis i,
-and pulls back: ``warped(p) = image(p + ddf(p))``.
+A dense displacement field (DDF) is ``(B, d, *spatial)``, in voxels of the grid it lies on, channel i along array axis
+i, and pulls back: ``warped(p) = image(p + ddf(p))``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear", padding
 
 def compose(first: torch.Tensor, second: torch.Tensor, padding_mode: str = "border") -> torch.Tensor:
     """
-    One displacement field that does what two do in turn: ``p -> p + first(p) -> (p + first(p)) + second(p + first(p))``.
+    One displacement field that does what two do in turn: ``p -> q = p + first(p) -> q + second(q)``.
 
     Warping an image with the result equals warping it with ``second`` and then with ``first`` (but interpolates once).
 

@@ -20,9 +20,9 @@ class SACBNet(nn.Module):
     """
     SACB-Net: the dense displacement field that lays a moving image on a fixed one.
 
-    A feature pyramid shared by both images, and at each scale a flow estimator whose convolutions adapt to regions found
-    by clustering the features. The network takes both images as one tensor and returns the field, as MONAI's ``LocalNet``
-    and ``RegUNet`` do; :py:func:`monai_sacb.networks.layers.warp` or MONAI's ``Warp`` applies it.
+    A feature pyramid shared by both images, and at each scale a flow estimator whose convolutions adapt to regions
+    found by clustering the features. The network takes both images as one tensor and returns the field, as MONAI's
+    ``LocalNet`` and ``RegUNet`` do; :py:func:`monai_sacb.networks.layers.warp` or MONAI's ``Warp`` applies it.
 
     Args:
         spatial_dims: 2 or 3.
@@ -77,9 +77,7 @@ class SACBNet(nn.Module):
 
     def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
         """The same field on a grid of twice the size, in that grid's voxels."""
-        # float32: the field is the one quantity that half precision spoils
-        ddf = 2.0 * ddf
-        return F.interpolate(ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=True)
+        return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -109,15 +107,11 @@ class SACBNet(nn.Module):
         # instance norm treats every image alone, so both can share one batch
         images = torch.cat([x[:, : self.in_channels], x[:, self.in_channels :]])
         features = self.encoder(images)
-        moving, fixed = features[4].chunk(2)
-        level = 4
         ddf: torch.Tensor | None = None
-        for estimator in self.estimators:
-            moving, fixed = features[level].chunk(2)
+        for i, estimator in enumerate(self.estimators):
+            moving, fixed = features[4 - i].chunk(2)
             ddf = self._upsample(estimator(moving, fixed, ddf))
-            level -= 1
         moving, fixed = features[0].chunk(2)
-        assert ddf is not None
         ddf = self.finest_estimator(moving, fixed, ddf)
         for axis, size in enumerate(spatial):
             ddf = ddf.narrow(axis + 2, 0, size)
