@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from monai.engines import Workflow
 
-from monai_sacb.utils import replacing
+from monai_sacb.utils import read_checkpoint, replacing
 
 __all__ = ["BestModelSaver", "LoadWeights", "TrainingCheckpoint"]
 
@@ -46,13 +45,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: When there is no such file.
         ValueError: When it is not a state dict, or that of another network.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at '{path}'.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"'{path}' is not a readable file of weights ({reason}).") from error
+    state = read_checkpoint(path)
     if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
         # the state of a whole training
         state = state["network"]
@@ -220,7 +213,7 @@ class TrainingCheckpoint:
             self.logger.warning(f"Nothing to resume at '{self.path}': training starts from the beginning.")
             return
         load_weights(self.network, self.path)
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(self.path)
         keys = {"network", "optimizer", "lr_scheduler", "epoch", "epoch_length", "random"}
         if not keys <= state.keys():
             raise ValueError(

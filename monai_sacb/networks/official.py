@@ -5,16 +5,15 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from monai_sacb.networks.nets import SACBNet
+from monai_sacb.utils import read_checkpoint
 
 __all__ = ["load_official_checkpoint"]
 
@@ -59,14 +58,7 @@ def _numpy_scalar_globals() -> list[Any]:
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' does not exist.")
-    try:
-        with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"'{path}' is not a readable checkpoint of tensors and numbers ({reason}).") from error
+    checkpoint = read_checkpoint(path, _numpy_scalar_globals())
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"'{path}' is not a SACB-Net checkpoint: it has no 'state_dict' of tensors.")

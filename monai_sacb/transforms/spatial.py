@@ -34,7 +34,7 @@ class PadPaird(Transform):
 
     Args:
         keys: what to pad for each of the two roles, for ``image`` the entries ``moving_image`` and ``fixed_image``.
-            Missing entries are passed over.
+            Entries that are missing, or not loaded, are passed over.
     """
 
     def __init__(self, keys: Sequence[str] = ("image", "label")) -> None:
@@ -46,7 +46,7 @@ class PadPaird(Transform):
         if sizes[0] != sizes[1]:
             pad = SpatialPad([max(size) for size in zip(*sizes)])
             for key in (f"{role}_{key}" for role in ("moving", "fixed") for key in self.keys):
-                if key in data:
+                if isinstance(data.get(key), torch.Tensor):
                     result[key] = pad(data[key])
         return result
 
@@ -126,7 +126,9 @@ class ComposeDDFd(Transform):
         # of each subject both fields are loaded; those that are not needed here would only take memory
         unused = {key for key in data if str(key).endswith("_ddf")}
         result = {key: value for key, value in data.items() if key not in unused}
-        if {self.ddf_key, self.inverse_ddf_key} <= unused:
+        fields = [data.get(key) for key in (self.ddf_key, self.inverse_ddf_key)]
+        # paths are fields that the preprocessing did not load, as in training, where nothing is compared
+        if all(isinstance(field, torch.Tensor) for field in fields):
             ddf = compose(_plain(data[self.ddf_key])[None], _plain(data[self.inverse_ddf_key])[None])[0]
             if self.mask_key is not None and self.mask_key in data:
                 ddf = torch.where(_plain(data[self.mask_key]) > 0, ddf, torch.nan)

@@ -1,0 +1,174 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+
+from monai.bundle import ConfigWorkflow
+
+from monai_sacb.networks.nets import SACBNet
+
+ROOT = Path(__file__).resolve().parents[2]
+Make = Callable[..., ConfigWorkflow]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def test_properties(workflow: Make) -> None:
+    assert workflow("train").check_properties() == []
+
+
+def test_training_writes_everything_below_output_dir(
+    workflow: Make, tmp_path: Path, sample: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = files_of(ROOT / "bundle"), files_of(sample)
+    with caplog.at_level(logging.INFO):
+        workflow("train", saved_pairs=2).run()
+    assert (files_of(ROOT / "bundle"), files_of(sample)) == before
+    output = tmp_path / "output"
+    assert {"model.pt", "checkpoint.pt", "pairs.csv", "summary.json", "registration.png", "registered"} <= {
+        path.name for path in output.iterdir()
+    }
+    net = SACBNet(base_channels=2, num_clusters=3)
+    net.load_state_dict(state_of(output / "model.pt"))
+    with open(output / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["moving"], row["fixed"]) for row in rows] == [("brain_03", "brain_04"), ("brain_04", "brain_03")]
+    summary = json.loads((output / "summary.json").read_text())
+    # two heads under different deformations overlap in part, and registering leaves some overlap
+    assert 0.2 < summary["val_dice_before/mean"] < 0.9
+    assert 0.2 < summary["val_dice/mean"] < 1.0
+    assert summary["val_field_error_before_mm"] > 2.0
+    assert "grey_matter" in caplog.text and "Dice before" in caplog.text
+    pairs = sorted(path.name for path in (output / "registered").iterdir())
+    assert pairs == ["brain_03_to_brain_04", "brain_04_to_brain_03"]
+    fixed = nib.load(sample / "images" / "brain_04.nii.gz")
+    for name in ("warped.nii.gz", "warped_label.nii.gz", "displacement.nii.gz"):
+        image = nib.load(output / "registered" / "brain_03_to_brain_04" / name)
+        assert image.shape[:3] == fixed.shape
+        np.testing.assert_allclose(image.affine, fixed.affine)
+
+
+def test_training_lowers_the_loss_and_raises_dice(workflow: Make) -> None:
+    flow = workflow("train", max_epochs=8, pairs_per_epoch=6, val_interval=8, learning_rate=0.004)
+    losses: list[float] = []
+    trainer = flow.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: losses.append(float(e.state.output[0]["loss"])))
+    flow.run()
+    assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.02
+    metrics = flow.parser.get_parsed_content("validate#evaluator").state.metrics
+    assert metrics["val_dice"] > metrics["val_dice_before"]
+    assert metrics["val_field_error_mm"] < metrics["val_field_error_before_mm"]
+
+
+def test_resume_is_bit_equal(workflow: Make, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    workflow("train", max_epochs=4, output_dir=str(whole)).run()
+    flow = workflow("train", max_epochs=4, output_dir=str(broken))
+    trainer = flow.parser.get_parsed_content("train#trainer")
+
+    def stop(engine: Any) -> None:
+        raise KeyboardInterrupt
+
+    # comes after the checkpoint of the second epoch, in the middle of the third
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=6), stop)
+    with pytest.raises(KeyboardInterrupt):
+        flow.run()
+    assert state_of(broken / "checkpoint.pt")["epoch"] == 2
+    # as the command line gives it
+    workflow("train", max_epochs=4, output_dir=str(broken), resume="true").run()
+    states = [state_of(folder / "checkpoint.pt") for folder in (whole, broken)]
+    assert states[0]["epoch"] == states[1]["epoch"] == 4
+    assert states[0]["best_metric"] == states[1]["best_metric"]
+    for name, value in states[0]["network"].items():
+        assert torch.equal(value, states[1]["network"][name]), name
+    for index, moments in states[0]["optimizer"]["state"].items():
+        assert torch.equal(moments["exp_avg"], states[1]["optimizer"]["state"][index]["exp_avg"])
+    for name, value in state_of(whole / "model.pt").items():
+        assert torch.equal(value, state_of(broken / "model.pt")[name]), name
+
+
+@pytest.mark.parametrize("text, resumes", [("false", False), ("False", False), ("true", True), (True, True)])
+def test_resume_given_as_text(workflow: Make, text: Any, resumes: bool) -> None:
+    flow = workflow("train", resume=text)
+    handlers = flow.parser.get_parsed_content("train#handlers")
+    assert handlers[-1].resume is resumes
+
+
+def test_two_trainings_have_the_same_bits(workflow: Make, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        workflow("train", output_dir=str(tmp_path / name)).run()
+    one, two = (state_of(tmp_path / name / "checkpoint.pt")["network"] for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"label_weight": 1.0},
+        {"loss#similarity": {"_target_": "LocalNormalizedCrossCorrelationLoss", "kernel_size": 9}},
+        {"loss#similarity": {"_target_": "GlobalMutualInformationLoss"}},
+        {"loss#regularization": {"_target_": "BendingEnergyLoss"}},
+        {"loss#regularization": {"_target_": "DiffusionLoss"}},
+        {"batch_size": 2},
+        {"spatial_size": [40, 32, 48]},
+        {"network_def#num_clusters": [2, 3, 4, 5]},
+    ],
+)
+def test_overrides(workflow: Make, override: dict[str, Any]) -> None:
+    flow = workflow("train", max_epochs=1, **override)
+    network = flow.parser.get_parsed_content("network")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    flow.parser.get_parsed_content("train#trainer").run()
+    changed = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(changed) == len(before)
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+
+
+def test_label_term_changes_the_training(workflow: Make, tmp_path: Path) -> None:
+    states = []
+    for weight in (0.0, 1.0):
+        flow = workflow("train", max_epochs=1, label_weight=weight, output_dir=str(tmp_path / str(weight)))
+        flow.parser.get_parsed_content("train#trainer").run()
+        states.append(state_of(tmp_path / str(weight) / "checkpoint.pt")["network"])
+    assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_evaluate_overlay_repeats_the_numbers_of_training(workflow: Make, tmp_path: Path) -> None:
+    workflow("train").run()
+    trained = json.loads((tmp_path / "output" / "summary.json").read_text())
+    weights = (tmp_path / "output" / "model.pt").read_bytes()
+    other = tmp_path / "evaluation"
+    flow = workflow("train", "evaluate", output_dir=str(other), ckpt_path=str(tmp_path / "output" / "model.pt"))
+    flow.run_id = "evaluating"
+    flow.run()
+    assert json.loads((other / "summary.json").read_text()) == trained
+    assert (tmp_path / "output" / "model.pt").read_bytes() == weights
+    assert not (other / "model.pt").exists() and not (other / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("folder", [".", "bundle"])
+def test_bundle_root(workflow: Make, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    flow = workflow("train")
+    monkeypatch.chdir(ROOT / folder)
+    root = Path(flow.parser.get_parsed_content("bundle_root"))
+    assert (root / "configs" / "metadata.json").is_file()
+    given = workflow("train", bundle_root="elsewhere")
+    assert given.parser.get_parsed_content("bundle_root") == "elsewhere"
