@@ -11,7 +11,7 @@ from monai.engines import PrepareBatch
 
 __all__ = ["PrepareRegistrationBatch"]
 
-TARGET_KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
+TARGET_KEYS = tuple(f"{role}_{key}" for key in ("image", "label", "mask") for role in ("moving", "fixed"))
 
 
 class PrepareRegistrationBatch(PrepareBatch):
@@ -19,7 +19,7 @@ class PrepareRegistrationBatch(PrepareBatch):
     Turn a batch of pairs into the network's input and the loss's target, for MONAI's engines.
 
     The input is both images as one tensor, moving first; the target is a dictionary of the images and, where the batch
-    has them, the labels.
+    has them, the labels and the masks.
     """
 
     def __call__(
@@ -31,8 +31,8 @@ class PrepareRegistrationBatch(PrepareBatch):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
-            batchdata: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; possibly ``moving_label`` and
-                ``fixed_label``, ``(B, 1, *spatial)``.
+            batchdata: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; possibly the same with
+                ``label`` and ``mask``, ``(B, 1, *spatial)``.
             device, non_blocking, kwargs: passed to ``Tensor.to``.
 
         Returns:

@@ -31,6 +31,8 @@ class RegistrationLoss(nn.Module):
             only where ``label_weight`` is not 0.
         label_weight: weight of the label term. The labels of the moving image are warped as one-hot maps, linearly.
         num_labels: number of labels, which are the values 1 to ``num_labels``; needed for the label term.
+        use_masks: compare the images only where both have been measured (see
+            :py:class:`monai_sacb.transforms.FieldOfViewd`): for images that are cropped differently.
 
     Raises:
         ValueError: When a weight is negative, or the label term is wanted without ``num_labels``.
@@ -46,6 +48,7 @@ class RegistrationLoss(nn.Module):
         label: nn.Module | None = None,
         label_weight: float = 0.0,
         num_labels: int | None = None,
+        use_masks: bool = False,
     ) -> None:
         super().__init__()
         for name, weight in (("regularization_weight", regularization_weight), ("label_weight", label_weight)):
@@ -59,13 +62,15 @@ class RegistrationLoss(nn.Module):
         self.label = DiceLoss(include_background=False) if label is None else label
         self.label_weight = label_weight
         self.num_labels = num_labels
+        self.use_masks = use_masks
 
     def forward(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """
         Args:
             pred: DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back.
             target: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; with the label term also
-                ``moving_label`` and ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``.
+                ``moving_label`` and ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``; with
+                ``use_masks`` also ``moving_mask`` and ``fixed_mask``, ``(B, 1, *spatial)`` of 0 and 1.
 
         Returns:
             the weighted sum, a scalar.
@@ -73,13 +78,20 @@ class RegistrationLoss(nn.Module):
         Raises:
             ValueError: When the label term is wanted and the batch has no labels.
         """
-        loss = self.similarity(warp(target["moving_image"], pred), target["fixed_image"])
+        warped, fixed = warp(target["moving_image"], pred), target["fixed_image"]
+        if self.use_masks:
+            # nearest and without gradient: nothing is gained by moving the edge of the mask
+            mask = target["fixed_mask"] * warp(target["moving_mask"], pred.detach(), mode="nearest")
+            warped, fixed = warped * mask, fixed * mask
+        loss = self.similarity(warped, fixed)
         if self.regularization_weight > 0:
             loss = loss + self.regularization_weight * self.regularization(pred)
         if self.label_weight > 0:
             missing = [key for key in ("moving_label", "fixed_label") if key not in target]
             if missing or self.num_labels is None:
                 raise ValueError(f"the label term of the loss needs labels, but the batch has no {missing}.")
-            moving, fixed = (one_hot(target[key], self.num_labels + 1) for key in ("moving_label", "fixed_label"))
-            loss = loss + self.label_weight * self.label(warp(moving, pred), fixed)
+            moving_maps, fixed_maps = (
+                one_hot(target[key], self.num_labels + 1) for key in ("moving_label", "fixed_label")
+            )
+            loss = loss + self.label_weight * self.label(warp(moving_maps, pred), fixed_maps)
         return loss

@@ -6,13 +6,22 @@ from .checks import CheckPaird, CheckVolumed
 from .io import LoadVolumed
 from .labels import SelectLabelsd, select_labels
 from .save import SaveRegistrationd, save_displacement
-from .spatial import ComposeDDFd, DDFToDisplacementd, PadPaird, RestoreGridd, WarpDDFd, ddf_to_displacement
+from .spatial import (
+    ComposeDDFd,
+    DDFToDisplacementd,
+    FieldOfViewd,
+    PadPaird,
+    RestoreGridd,
+    WarpDDFd,
+    ddf_to_displacement,
+)
 
 __all__ = [
     "CheckPaird",
     "CheckVolumed",
     "ComposeDDFd",
     "DDFToDisplacementd",
+    "FieldOfViewd",
     "LoadVolumed",
     "PadPaird",
     "RestoreGridd",

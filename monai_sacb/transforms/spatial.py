@@ -14,7 +14,15 @@ from monai.utils import ensure_tuple_rep
 
 from monai_sacb.networks.layers import compose, warp
 
-__all__ = ["ComposeDDFd", "DDFToDisplacementd", "PadPaird", "RestoreGridd", "WarpDDFd", "ddf_to_displacement"]
+__all__ = [
+    "ComposeDDFd",
+    "DDFToDisplacementd",
+    "FieldOfViewd",
+    "PadPaird",
+    "RestoreGridd",
+    "WarpDDFd",
+    "ddf_to_displacement",
+]
 
 
 def _like(tensor: torch.Tensor, reference: Any) -> torch.Tensor:
@@ -28,6 +36,33 @@ def _plain(tensor: Any) -> torch.Tensor:
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else torch.as_tensor(tensor)
 
 
+class FieldOfViewd(MapTransform):
+    """
+    Add a mask of where an image has been measured, to be padded along with it.
+
+    :py:class:`monai_sacb.losses.RegistrationLoss` can then compare two images only where both have been measured, and
+    does not reward it when the edges of two differently cropped images come to lie on each other.
+
+    Args:
+        keys: images ``(C, *spatial)``, before they are padded.
+        output_keys: where the masks ``(1, *spatial)`` of ones go, float32.
+        allow_missing_keys: whether a key may be absent.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_keys: KeysCollection = "mask", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key, output_key in self.key_iterator(data, self.output_keys):
+            ones = torch.ones_like(_plain(data[key])[:1], dtype=torch.float32)
+            result[output_key] = _like(ones, data[key])
+        return result
+
+
 class PadPaird(Transform):
     """
     Centre-pad both images of a pair, and what belongs to them, with zeros to the larger size along each axis.
@@ -37,7 +72,7 @@ class PadPaird(Transform):
             Entries that are missing, or not loaded, are passed over.
     """
 
-    def __init__(self, keys: Sequence[str] = ("image", "label")) -> None:
+    def __init__(self, keys: Sequence[str] = ("image", "label", "mask")) -> None:
         self.keys = tuple(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
