@@ -47,6 +47,8 @@ def bundle(output_dir: str | os.PathLike[str]) -> str:
                 shutil.copytree(path, temporary / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
                 shutil.copy2(path, temporary / part)
+        # a place for weights, which the zoo's layout has even where none come along
+        (temporary / "models").mkdir(exist_ok=True)
         temporary.chmod(0o755)
         os.replace(temporary, target)
     finally:

@@ -10,40 +10,52 @@ from collections.abc import Callable, Sequence
 
 import fire
 
+from monai_sacb.apps.bundle import bundle
 from monai_sacb.version import __version__
 
 __all__ = ["main"]
 
 
-def _bundle(output_dir: str) -> str:
-    """Write a copy of the MONAI bundle that came with the package.
-
-    Args:
-        output_dir: the new folder; it must not exist yet.
-    """
-    # imported here: the command line answers without the seconds that MONAI takes to import
-    from monai_sacb.apps.bundle import bundle
-
-    return bundle(str(output_dir))
-
-
-COMMANDS: dict[str, Callable[..., str]] = {"bundle": _bundle}
+COMMANDS: dict[str, Callable[..., str]] = {"bundle": bundle}
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse what fire would find only after the work is done: unknown commands and flags."""
-    if not arguments or arguments[0].startswith("-"):
-        return
+    """Refuse what fire would find only after the work is done, or take for something else."""
     name, *rest = arguments
     if name not in COMMANDS:
         raise ValueError(f"unknown command '{name}'; there is: {', '.join(COMMANDS)}.")
-    known = set(inspect.signature(COMMANDS[name]).parameters)
-    for argument in rest:
-        if argument == "--":
-            return
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag != "--help" and flag[2:].replace("-", "_") not in known:
-            raise ValueError(f"unknown option '{flag}' of '{name}'; there is: --{', --'.join(sorted(known))}.")
+    parameters = inspect.signature(COMMANDS[name]).parameters
+    options = ", ".join(f"--{parameter}" for parameter in parameters)
+    given: set[str] = set()
+    while rest:
+        flag, equals, _ = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ValueError(f"unexpected argument '{flag}' of '{name}'; there is: {options}.")
+        option = flag[2:].replace("-", "_")
+        if option not in parameters:
+            raise ValueError(f"unknown option '{flag}' of '{name}'; there is: {options}.")
+        if option in given:
+            raise ValueError(f"option '{flag}' of '{name}' is given twice.")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"option '{flag}' of '{name}' needs a value.")
+            rest.pop(0)
+        given.add(option)
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
+    if missing:
+        raise ValueError(f"'{name}' needs --{' and --'.join(missing)}.")
+
+
+def _quoted(arguments: Sequence[str]) -> list[str]:
+    """The arguments with values as Python strings: a folder called 2024_01 is no number to fire."""
+    quoted = [arguments[0]]
+    for argument in arguments[1:]:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--"):
+            quoted.append(repr(argument))
+        else:
+            quoted.append(f"{flag}={value!r}" if equals else flag)
+    return quoted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,8 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"monai-sacb {__version__}\n")
         return
     try:
+        if not arguments or "--help" in arguments or "-h" in arguments:
+            fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS] + ["--help"], name="monai-sacb")
+            return
         _check_arguments(arguments)
-        fire.Fire(COMMANDS, command=arguments, name="monai-sacb")
+        fire.Fire(COMMANDS, command=_quoted(arguments), name="monai-sacb")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f"monai-sacb: {error}\n")
         sys.exit(2)

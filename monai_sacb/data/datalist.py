@@ -15,7 +15,10 @@ __all__ = ["load_pairs", "load_request", "load_subjects"]
 
 logger = logging.getLogger(__name__)
 
+SUBJECT_LISTS = ("training", "validation")
 PAIR_LISTS = ("registration_val", "registration_test")
+# entries of a subject that are paths; whatever else it says is passed over
+FILE_KEYS = ("image", "label", "mask", "ddf", "inverse_ddf")
 HELD_OUT_FRACTION = 0.1
 
 
@@ -30,7 +33,9 @@ def _read_json(dataset_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("training", content.get("validation")), list):
+    if not isinstance(content, dict) or not any(
+        isinstance(content.get(n), list) for n in (*SUBJECT_LISTS, *PAIR_LISTS)
+    ):
         raise ValueError(f"'{path}' is not a dataset description: it has no list 'training' of subjects.")
     return path.parent, content
 
@@ -42,13 +47,16 @@ def _subject(entry: Any, root: Path, where: str) -> dict[str, str]:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
         raise ValueError(f"{where} must be a path or an object with a path 'image', got {entry!r}.")
     subject = {}
-    for key, value in entry.items():
-        if not isinstance(value, str):
+    for key in FILE_KEYS:
+        value = entry.get(key)
+        if value is None:
             continue
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key} must be one path, got {value!r}.")
         path = Path(os.path.normpath(root / value))
         if not path.exists():
             raise FileNotFoundError(f"{where}: {key} '{path}' does not exist.")
-        subject[str(key)] = str(path)
+        subject[key] = str(path)
     return subject
 
 
@@ -74,6 +82,16 @@ def _pair_section(content: Mapping[str, Any], root: Path, name: str) -> list[tup
     return pairs
 
 
+def _pair_subjects(content: Mapping[str, Any], root: Path, name: str) -> dict[str, dict[str, str]]:
+    """By image, the subjects of a list of pairs, with all that the lists of subjects know of them."""
+    known = {subject["image"]: subject for section in SUBJECT_LISTS for subject in _section(content, root, section)}
+    return {
+        subject["image"]: {**subject, **known.get(subject["image"], {})}
+        for pair in _pair_section(content, root, name)
+        for subject in pair
+    }
+
+
 def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training") -> list[dict[str, str]]:
     """
     The subjects of a dataset folder that are trained on, or those that are evaluated on.
@@ -95,15 +113,8 @@ def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training"
     if section not in ("training", "validation"):
         raise ValueError(f"section must be 'training' or 'validation', got '{section}'.")
     root, content = _read_json(dataset_dir)
-    training, validation = (_section(content, root, name) for name in ("training", "validation"))
-    known = {subject["image"]: subject for subject in [*training, *validation]}
-    listed = {
-        s["image"]: {**s, **known.get(s["image"], {})}
-        for name in PAIR_LISTS[:1]
-        for pair in _pair_section(content, root, name)
-        for s in pair
-    }
-    held_out = {subject["image"]: subject for subject in validation} | listed
+    training, validation = (_section(content, root, name) for name in SUBJECT_LISTS)
+    held_out = {subject["image"]: subject for subject in validation} | _pair_subjects(content, root, "registration_val")
     if not held_out:
         if len(training) < 4:
             raise ValueError(
@@ -164,8 +175,9 @@ def load_request(
     What to register: two image files, or else the pairs of a dataset folder.
 
     Args:
-        dataset_dir: folder with a ``dataset.json``, used where no files are given: its listed pairs, or all ordered
-            pairs of its validation subjects.
+        dataset_dir: folder with a ``dataset.json``, used where no files are given: its listed pairs
+            (``registration_val``, else ``registration_test``), or all ordered pairs of its validation subjects, or else
+            of its training subjects.
         moving_image, fixed_image: the two files.
         moving_label, fixed_label: label maps of the two images, where there are any.
 
@@ -187,5 +199,12 @@ def load_request(
         return {"data": data, "pairs": [(0, 1)]}
     if dataset_dir is None:
         raise ValueError("nothing to register: give moving_image and fixed_image, or dataset_dir.")
-    data = load_subjects(dataset_dir, "validation")
-    return {"data": data, "pairs": load_pairs(dataset_dir, data)}
+    root, content = _read_json(dataset_dir)
+    for name in PAIR_LISTS:
+        subjects = list(_pair_subjects(content, root, name).values())
+        if subjects:
+            return {"data": subjects, "pairs": load_pairs(dataset_dir, subjects, name)}
+    subjects = _section(content, root, "validation") or _section(content, root, "training")
+    if len(subjects) < 2:
+        raise ValueError(f"'{root}' lists {len(subjects)} subjects; at least 2 are needed to form a pair.")
+    return {"data": subjects, "pairs": None}

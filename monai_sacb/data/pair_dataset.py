@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -31,6 +30,8 @@ class PairDataset(Dataset):
         pair_transform: transform of one pair.
         label_ids: label values that some subject must have in the file of its ``label``; needs a
             :py:class:`monai_sacb.transforms.SelectLabelsd` in ``transform`` and a full cache.
+        all_labels: whether a label id that no subject has is an error; if not, it is logged, and only if none of the
+            ids is there it is an error.
         cache_rate: fraction of the subjects that is kept in memory.
         num_workers: threads that fill the cache.
         progress: whether to show a bar while the cache is filled.
@@ -46,6 +47,7 @@ class PairDataset(Dataset):
         pairs: Sequence[Sequence[int]] | None = None,
         pair_transform: Callable | None = None,
         label_ids: Sequence[int] | None = None,
+        all_labels: bool = True,
         cache_rate: float = 1.0,
         num_workers: int | None = 1,
         progress: bool = True,
@@ -72,14 +74,14 @@ class PairDataset(Dataset):
             else CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=progress)
         )
         if label_ids is not None and cache_rate == 1.0:
-            self._check_labels(label_ids)
+            self._check_labels(label_ids, all_labels)
 
     @property
     def num_subjects(self) -> int:
         """Number of subjects."""
         return len(self.data)  # type: ignore[arg-type]
 
-    def _check_labels(self, label_ids: Sequence[int]) -> None:
+    def _check_labels(self, label_ids: Sequence[int], all_labels: bool) -> None:
         found: set[int] = set()
         labelled = 0
         for index in range(self.num_subjects):
@@ -91,10 +93,13 @@ class PairDataset(Dataset):
             return
         missing = sorted(set(label_ids) - found)
         if missing:
-            raise ValueError(
+            message = (
                 f"label ids {missing} are configured, but none of the {labelled} labelled subjects has them; found are "
                 f"{sorted(found)}."
             )
+            if all_labels or len(missing) == len(set(label_ids)):
+                raise ValueError(message)
+            logger.warning(message)
         extra = sorted(found - set(label_ids) - {0})
         if extra:
             logger.info(f"Label ids {extra} are in the data but not configured; they count as background.")
@@ -124,9 +129,3 @@ class PairDataset(Dataset):
             pair.update({f"{role}_{key}": value for key, value in self.subjects[subject].items()})
         result = pair if self.pair_transform is None else self.pair_transform(pair)
         return result
-
-
-def subject_name(image: Any) -> str:
-    """Name of a subject: the file name of its image without extensions."""
-    filename = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
-    return Path(str(filename)).name.split(".")[0]

@@ -9,9 +9,11 @@ import torch
 
 from monai.engines import PrepareBatch
 
+from monai_sacb.utils import plain_tensor
+
 __all__ = ["PrepareRegistrationBatch"]
 
-TARGET_KEYS = tuple(f"{role}_{key}" for key in ("image", "label", "mask") for role in ("moving", "fixed"))
+TARGET_KEYS = tuple(f"{role}_{key}" for key in ("image", "label", "field_of_view") for role in ("moving", "fixed"))
 
 
 class PrepareRegistrationBatch(PrepareBatch):
@@ -19,7 +21,7 @@ class PrepareRegistrationBatch(PrepareBatch):
     Turn a batch of pairs into the network's input and the loss's target, for MONAI's engines.
 
     The input is both images as one tensor, moving first; the target is a dictionary of the images and, where the batch
-    has them, the labels and the masks.
+    has them, the labels and the fields of view.
     """
 
     def __call__(
@@ -32,17 +34,16 @@ class PrepareRegistrationBatch(PrepareBatch):
         """
         Args:
             batchdata: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; possibly the same with
-                ``label`` and ``mask``, ``(B, 1, *spatial)``.
+                ``label`` and ``field_of_view``, ``(B, 1, *spatial)``.
             device, non_blocking, kwargs: passed to ``Tensor.to``.
 
         Returns:
             tensor ``(B, 2 * C, *spatial)``, and the dictionary.
         """
+        # plain tensors: the meta data of two images cannot be merged into one
         target = {
-            key: torch.as_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking, **kwargs)
+            key: plain_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking, **kwargs)
             for key in TARGET_KEYS
             if key in batchdata
         }
-        # plain tensors: the meta data of two images cannot be merged into one
-        plain = {key: value.as_tensor() if hasattr(value, "as_tensor") else value for key, value in target.items()}
-        return torch.cat([plain["moving_image"], plain["fixed_image"]], 1), plain
+        return torch.cat([target["moving_image"], target["fixed_image"]], 1), target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
+from .last_epoch_validation import LastEpochValidation
 from .pair_metric import PairMetric
 from .pair_saver import PairSaver
 from .registration_figure import RegistrationFigure
@@ -10,6 +11,7 @@ from .registration_table import RegistrationTable
 
 __all__ = [
     "BestModelSaver",
+    "LastEpochValidation",
     "LoadWeights",
     "PairMetric",
     "PairSaver",

@@ -16,7 +16,7 @@ from torch import nn
 
 from monai.engines import Workflow
 
-from monai_sacb.utils import read_checkpoint, replacing
+from monai_sacb.utils import compare_states, read_checkpoint, replacing
 
 __all__ = ["BestModelSaver", "LoadWeights", "TrainingCheckpoint"]
 
@@ -27,19 +27,33 @@ def save_atomically(content: Any, path: str | os.PathLike[str]) -> None:
         torch.save(content, temporary)
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside ``DistributedDataParallel``, or itself."""
+    module = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    return module
+
+
 def unwrapped_state(network: nn.Module) -> dict[str, torch.Tensor]:
     """State dict of a network, without the prefix that ``DistributedDataParallel`` adds."""
-    module = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-    return dict(module.state_dict())
+    return dict(unwrapped(network).state_dict())
+
+
+def check_weights(network: nn.Module, state: Any, path: str | os.PathLike[str]) -> None:
+    """Refuse with a sentence what is not a state dict of this network, whichever file it came from."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"'{path}' is not a state dict of tensors.")
+    difference = compare_states(unwrapped_state(network), state)
+    if difference is not None:
+        raise ValueError(f"'{path}' holds the weights of another network: {difference}.")
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     """
-    Load a plain state dict into a network, strictly.
+    Load the weights in a file into a network, strictly.
 
     Args:
         network: the network.
-        path: file written by ``torch.save``; nothing in it is executed.
+        path: a plain state dict, or the state of a whole training; nothing in it is executed.
 
     Raises:
         FileNotFoundError: When there is no such file.
@@ -47,21 +61,9 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     state = read_checkpoint(path)
     if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
-        # the state of a whole training
         state = state["network"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"'{path}' is not a state dict of tensors.")
-    expected = unwrapped_state(network)
-    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    misfits = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
-    if missing or surplus or misfits:
-        examples = ", ".join([*missing[:2], *surplus[:2], *misfits[:2]])
-        raise ValueError(
-            f"'{path}' holds the weights of another network: {len(missing)} parameters are missing, {len(surplus)} are "
-            f"unknown and {len(misfits)} have another shape ({examples})."
-        )
-    module = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-    module.load_state_dict(state)
+    check_weights(network, state, path)
+    unwrapped(network).load_state_dict(state)
 
 
 class LoadWeights:
@@ -114,8 +116,8 @@ class BestModelSaver:
             self._saved = best
 
     def restored(self, best: float) -> None:
-        """Take note of the best value of a resumed training, whose weights are on disk already."""
-        self._saved = best
+        """Take note of the best value of a resumed training, if its weights are still on disk."""
+        self._saved = best if self.path.is_file() else None
 
 
 def _random_states() -> dict[str, Any]:
@@ -151,7 +153,8 @@ class TrainingCheckpoint:
         network, optimizer, lr_scheduler: what is trained, with what.
         evaluator: evaluator whose best metric is kept.
         best_saver: the handler that saves the best weights, told about a resumed best value.
-        resume: whether to go on from the file. A missing file starts a new training, and says so.
+        resume: whether to go on from the file, with the learning rate it remembers. A missing file starts a new
+            training, and says so.
         interval: epochs between saves; the last epoch is always saved.
 
     Raises:
@@ -196,6 +199,7 @@ class TrainingCheckpoint:
             "network": unwrapped_state(self.network),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
             "epoch": engine.state.epoch,
             "epoch_length": engine.state.epoch_length,
             "random": _random_states(),
@@ -212,24 +216,22 @@ class TrainingCheckpoint:
         if not self.path.is_file():
             self.logger.warning(f"Nothing to resume at '{self.path}': training starts from the beginning.")
             return
-        load_weights(self.network, self.path)
         state = read_checkpoint(self.path)
-        keys = {"network", "optimizer", "lr_scheduler", "epoch", "epoch_length", "random"}
-        if not keys <= state.keys():
-            raise ValueError(
-                f"'{self.path}' is not the state of a training: {sorted(keys - state.keys())} are missing."
-            )
+        keys = {"network", "optimizer", "lr_scheduler", "scaler", "epoch", "epoch_length", "random"}
+        if not isinstance(state, Mapping) or not keys <= state.keys():
+            raise ValueError(f"'{self.path}' is not the state of a training.")
         if state["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
                 f"'{self.path}' has epochs of {state['epoch_length']} iterations, this training of "
                 f"{engine.state.epoch_length}."
             )
+        check_weights(self.network, state["network"], self.path)
+        unwrapped(self.network).load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            schedule = dict(state["lr_scheduler"])
-            # a training that is resumed to go on for longer has the schedule of its new length
-            schedule.pop("total_iters", None)
-            self.lr_scheduler.load_state_dict(schedule)
+        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+            self._restore_schedule(self.lr_scheduler, state["lr_scheduler"])
+        if engine.scaler is not None and state["scaler"] is not None:
+            engine.scaler.load_state_dict(state["scaler"])
         if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
@@ -239,3 +241,15 @@ class TrainingCheckpoint:
         engine.state.iteration = state["epoch"] * state["epoch_length"]
         _restore_random_states(state["random"])
         self.logger.info(f"Resumed after epoch {state['epoch']} of {engine.state.max_epochs} from '{self.path}'.")
+
+    def _restore_schedule(self, scheduler: torch.optim.lr_scheduler.LRScheduler, state: Mapping[str, Any]) -> None:
+        """Go on with the schedule; one that is longer or shorter than before goes on at its own value."""
+        total = getattr(scheduler, "total_iters", None)
+        scheduler.load_state_dict(dict(state))
+        if total is None or total == state.get("total_iters"):
+            return
+        schedule: Any = scheduler
+        schedule.total_iters = total
+        for group, rate in zip(self.optimizer.param_groups, schedule._get_closed_form_lr()):
+            group["lr"] = rate
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]

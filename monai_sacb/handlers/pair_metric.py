@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from monai.engines import Workflow
 from monai.handlers import IgniteMetricHandler
@@ -22,43 +25,65 @@ class PairMetric(IgniteMetricHandler):
     Any MONAI metric of pairs, attached to an evaluator; passes over pairs that lack what it measures.
 
     A data set without labels, or without true fields, thus needs no other configuration: the metric then does not
-    appear among the results.
+    appear among the results. Its details hold one row for each pair of the evaluation, NaN for those passed over.
 
     Args:
         metric_fn: the metric.
         keys: entries of the pair (of the batch or of the results) that the metric takes, one or two.
+        fallback: of a key metric, the metric that decides in its place where there is nothing to measure.
         save_details: whether to keep the values of every pair in ``engine.state.metric_details``.
 
     Raises:
-        ValueError: When there are not one or two keys.
+        ValueError: When there are not one or two keys; at the end of an evaluation, when the key metric could not be
+            computed and has no fallback.
     """
 
-    def __init__(self, metric_fn: CumulativeIterationMetric, keys: Sequence[str], save_details: bool = True) -> None:
-        super().__init__(metric_fn=metric_fn, save_details=save_details)
+    def __init__(
+        self,
+        metric_fn: CumulativeIterationMetric,
+        keys: Sequence[str],
+        fallback: str | None = None,
+        save_details: bool = True,
+    ) -> None:
         if isinstance(keys, str) or len(keys) not in (1, 2):
             raise ValueError(f"keys must be a list of one or two entries, got {keys!r}.")
+        super().__init__(metric_fn=metric_fn, save_details=save_details)
         self.keys = tuple(keys)
-        self.num_pairs = 0
+        self.fallback = fallback
+        self.measured: list[bool] = []
 
     def reset(self) -> None:
-        self.num_pairs = 0
+        """Forget the pairs of the last evaluation."""
+        self.measured = []
         super().reset()
 
     def iteration_completed(self, engine: Workflow) -> None:
         """Measure the pairs of this iteration."""
-        items = [item for item in pair_items(engine) if all(key in item for key in self.keys)]
+        items = pair_items(engine)
+        measurable = [all(key in item for key in self.keys) for item in items]
+        self.measured += measurable
+        items = [item for item, can in zip(items, measurable) if can]
         if items:
-            self.num_pairs += len(items)
-            columns = [[item[key] for item in items] for key in self.keys]
+            first, *others = ([item[key] for item in items] for key in self.keys)
             # one device for both, wherever the loader left the reference
-            columns[1:] = [[y.to(x.device) for x, y in zip(columns[0], column)] for column in columns[1:]]
-            self.update((columns[0], columns[1] if len(columns) > 1 else None))
+            second = [y.to(x.device) for x, y in zip(first, others[0])] if others else None
+            self.update((first, second))
 
     def completed(self, engine: Workflow, name: str) -> None:
         """Write the result to the engine's metrics, if there is one."""
-        if self.num_pairs > 0:
+        if any(self.measured):
             super().completed(engine, name)
+            if self.save_details and not all(self.measured):
+                details = engine.state.metric_details[name]
+                rows = details.new_full((len(self.measured), *details.shape[1:]), torch.nan)
+                rows[torch.tensor(self.measured, device=rows.device)] = details
+                engine.state.metric_details[name] = rows
         elif engine.state.key_metric_name == name:
-            raise ValueError(
-                f"the key metric '{name}' cannot be computed: no validation pair has {' and '.join(self.keys)}."
+            if self.fallback is None:
+                raise ValueError(
+                    f"the key metric '{name}' cannot be computed: no validation pair has {' and '.join(self.keys)}."
+                )
+            logging.getLogger(__name__).warning(
+                f"No validation pair has {' and '.join(self.keys)}: the best model is chosen by '{self.fallback}'."
             )
+            engine.state.key_metric_name = self.fallback

@@ -10,9 +10,8 @@ from ignite.engine import Events
 
 from monai.engines import Workflow
 
-from monai_sacb.data.pair_dataset import subject_name
 from monai_sacb.handlers.pair_metric import pair_items
-from monai_sacb.utils import replacing
+from monai_sacb.utils import replacing, subject_name
 from monai_sacb.visualize import plot_registration
 
 __all__ = ["RegistrationFigure"]

@@ -16,9 +16,8 @@ from ignite.engine import Events
 
 from monai.engines import Workflow
 
-from monai_sacb.data.pair_dataset import subject_name
 from monai_sacb.handlers.pair_metric import pair_items
-from monai_sacb.utils import replacing
+from monai_sacb.utils import replacing, subject_name
 
 __all__ = ["RegistrationTable"]
 
@@ -37,7 +36,8 @@ class RegistrationTable:
         output_dir: folder of the two files.
         label_names: names of the structures, in the order of the metrics' columns.
         after, before: names of the metrics, such as Dice, with one column for each structure.
-        others: names of metrics with one value for each pair; those that an evaluation does not have are left out.
+        others: names of further metrics, of which the mean of each pair is reported; those that an evaluation does not
+            have are left out.
     """
 
     def __init__(
@@ -46,7 +46,13 @@ class RegistrationTable:
         label_names: Sequence[str],
         after: str = "val_dice",
         before: str = "val_dice_before",
-        others: Sequence[str] = ("val_field_error_before_mm", "val_field_error_mm", "val_folds_percent"),
+        others: Sequence[str] = (
+            "val_dice_linear",
+            "val_field_error_before_mm",
+            "val_field_error_mm",
+            "val_folds_percent",
+            "val_similarity",
+        ),
     ) -> None:
         self.output_dir = Path(output_dir)
         self.label_names = list(label_names)
@@ -81,12 +87,11 @@ class RegistrationTable:
                 columns[f"{name}/mean"] = details[name].double().nanmean(1).cpu()
         for name in self.others:
             if name in details:
-                columns[name] = details[name].flatten().cpu()
+                columns[name] = details[name].double().nanmean(1).cpu()
         return columns
 
     def _completed(self, engine: Workflow) -> None:
         columns = self._columns(engine.state.metric_details)
-        columns = {name: values for name, values in columns.items() if len(values) == len(self._pairs)}
         self.logger.info("\n" + self.table(columns))
         with replacing(self.output_dir / "pairs.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -75,15 +75,24 @@ class LNCCLoss(_Loss):
             if pred.dtype != torch.float64:
                 pred, target = pred.float(), target.float()
             volume = float(self.kernel_size ** (pred.dim() - 2))
+            # Around their means the images lose no digits in the squares. The zeros outside the image are not part of
+            # what is shifted: where a window reaches out, only "inside" of its voxels are, and a term makes up for it.
+            spatial = list(range(2, pred.dim()))
+            mean_p, mean_t = pred.detach().mean(spatial, keepdim=True), target.detach().mean(spatial, keepdim=True)
+            pred, target = pred - mean_p, target - mean_t
+            inside = _window_sum(torch.ones_like(pred[:1, :1]), self.kernel_size)
+            outside = 1 - inside / volume
             products = torch.cat([pred, target, pred * pred, target * target, pred * target], 1)
             sums = _window_sum(products, self.kernel_size)
             sum_p, sum_t, sum_pp, sum_tt, sum_pt = sums.chunk(5, 1)
             # sum((p - mean_p) * (t - mean_t)) = sum(p * t) - sum(p) * sum(t) / volume, and likewise the variances,
             # which rounding must not make negative
-            cross = sum_pt - sum_p * sum_t / volume
-            var_p = (sum_pp - sum_p * sum_p / volume).clamp(min=0)
-            var_t = (sum_tt - sum_t * sum_t / volume).clamp(min=0)
-            ncc = -(cross * cross) / (var_p * var_t + self.smooth)
+            cross = sum_pt - sum_p * sum_t / volume + outside * (mean_t * sum_p + mean_p * sum_t + mean_p * mean_t * inside)
+            var_p = sum_pp - sum_p * sum_p / volume + outside * mean_p * (2 * sum_p + mean_p * inside)
+            var_t = sum_tt - sum_t * sum_t / volume + outside * mean_t * (2 * sum_t + mean_t * inside)
+            var_p, var_t = var_p.clamp(min=0), var_t.clamp(min=0)
+            # at most 1 but for rounding
+            ncc = -((cross * cross) / (var_p * var_t + self.smooth)).clamp(max=1.0)
         if self.reduction == LossReduction.MEAN.value:
             return ncc.mean()
         return ncc.sum() if self.reduction == LossReduction.SUM.value else ncc

@@ -70,18 +70,21 @@ class RegistrationLoss(nn.Module):
             pred: DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back.
             target: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; with the label term also
                 ``moving_label`` and ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``; with
-                ``use_masks`` also ``moving_mask`` and ``fixed_mask``, ``(B, 1, *spatial)`` of 0 and 1.
+                ``use_masks`` also ``moving_field_of_view`` and ``fixed_field_of_view``, ``(B, 1, *spatial)``, 0 or 1.
 
         Returns:
             the weighted sum, a scalar.
 
         Raises:
-            ValueError: When the label term is wanted and the batch has no labels.
+            ValueError: When the batch lacks the labels or the fields of view that are wanted.
         """
         warped, fixed = warp(target["moving_image"], pred), target["fixed_image"]
         if self.use_masks:
+            missing = [key for key in ("moving_field_of_view", "fixed_field_of_view") if key not in target]
+            if missing:
+                raise ValueError(f"use_masks needs fields of view, but the batch has no {missing}.")
             # nearest and without gradient: nothing is gained by moving the edge of the mask
-            mask = target["fixed_mask"] * warp(target["moving_mask"], pred.detach(), mode="nearest")
+            mask = target["fixed_field_of_view"] * warp(target["moving_field_of_view"], pred.detach(), mode="nearest")
             warped, fixed = warped * mask, fixed * mask
         loss = self.similarity(warped, fixed)
         if self.regularization_weight > 0:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from monai.data import MetaTensor
-from monai.metrics import CumulativeIterationMetric
-from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
+
+from monai_sacb.metrics.base import PairwiseMetric
+from monai_sacb.utils import plain_tensor
 
 __all__ = ["FieldErrorMetric", "compute_field_error"]
 
@@ -35,11 +36,15 @@ def compute_field_error(ddf: torch.Tensor, true_ddf: torch.Tensor, spacing: Sequ
             f"{tuple(spacing)} a value for each of its components."
         )
     scale = torch.as_tensor(spacing, dtype=ddf.dtype, device=ddf.device).view(1, -1, *[1] * (ddf.dim() - 2))
-    distance = ((ddf - true_ddf.to(ddf)) * scale).square().sum(1).sqrt()
-    return distance.flatten(1).nanmean(1, keepdim=True)
+    true_ddf = true_ddf.to(ddf)
+    distance = ((ddf - true_ddf) * scale).square().sum(1).sqrt()
+    # only the true field says what does not count: a field that is not finite must not look right
+    counts = ~true_ddf.isnan().any(1)
+    total = torch.where(counts, distance, 0.0).flatten(1).sum(1, keepdim=True)
+    return total / counts.flatten(1).sum(1, keepdim=True)
 
 
-class FieldErrorMetric(CumulativeIterationMetric):
+class FieldErrorMetric(PairwiseMetric):
     """
     :py:func:`compute_field_error` as a MONAI metric. The voxel size is that of the true field, a ``MetaTensor``
     (1 mm for a plain tensor).
@@ -50,27 +55,19 @@ class FieldErrorMetric(CumulativeIterationMetric):
     """
 
     def __init__(self, identity: bool = False, reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
-        super().__init__()
+        super().__init__(reduction)
         self.identity = identity
-        self.reduction = reduction
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         if y is None:
             raise ValueError("the true field is needed as y.")
         dims = y_pred.shape[1]
-        spacing = [1.0] * dims
-        if isinstance(y, MetaTensor):
-            affine = y.affine[0] if y.affine.dim() == 3 else y.affine
-            spacing = affine[:dims, :dims].double().norm(dim=0).tolist()
-        ddf = torch.zeros_like(torch.as_tensor(y_pred)) if self.identity else torch.as_tensor(y_pred)
-        return compute_field_error(_plain(ddf), _plain(y), spacing)
-
-    def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:
-        data = self.get_buffer()
-        if not isinstance(data, torch.Tensor):
-            raise ValueError(f"nothing has been measured yet, the buffer is {type(data).__name__}.")
-        return do_metric_reduction(data, reduction or self.reduction)[0]
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x
+        affines = y.affine if isinstance(y, MetaTensor) else torch.eye(dims + 1)
+        # a batch has one affine for each of its images
+        affines = affines.expand(len(y), *affines.shape[-2:])
+        ddf, true_ddf = plain_tensor(y_pred), plain_tensor(y)
+        if self.identity:
+            ddf = torch.zeros_like(ddf)
+        spacings = affines[:, :dims, :dims].double().norm(dim=1).tolist()
+        errors = [compute_field_error(ddf[i : i + 1], true_ddf[i : i + 1], s) for i, s in enumerate(spacings)]
+        return torch.cat(errors)

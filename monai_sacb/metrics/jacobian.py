@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from monai.metrics import CumulativeIterationMetric
-from monai.metrics.utils import do_metric_reduction
-from monai.utils import MetricReduction
+from monai_sacb.metrics.base import PairwiseMetric
+from monai_sacb.utils import plain_tensor
 
 __all__ = ["FoldsMetric", "compute_folds", "jacobian_determinant"]
 
@@ -16,7 +15,8 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
     Determinant of the gradient of the mapping ``p -> p + ddf(p)``, central differences (one-sided at the border).
 
     Args:
-        ddf: ``(B, d, *spatial)`` in voxels, d = 2 or 3, at least two voxels along each axis.
+        ddf: ``(B, d, *spatial)`` in voxels, pull-back, channel i along array axis i; d = 2 or 3, at least two voxels
+            along each axis.
 
     Returns:
         ``(B, *spatial)``, without unit; at most 0 where the mapping folds.
@@ -45,34 +45,24 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
 
 def compute_folds(ddf: torch.Tensor) -> torch.Tensor:
     """
-    Percentage of voxels at which a mapping folds (determinant of its gradient at most 0).
+    Percentage of voxels at which a mapping folds: the determinant of its gradient is at most 0, or not a number.
 
     Args:
-        ddf: ``(B, d, *spatial)`` in voxels.
+        ddf: ``(B, d, *spatial)`` in voxels, pull-back, channel i along array axis i.
 
     Returns:
         ``(B, 1)``, per cent.
     """
-    return 100.0 * (jacobian_determinant(ddf) <= 0).flatten(1).float().mean(1, keepdim=True)
+    return 100.0 * (~(jacobian_determinant(ddf) > 0)).flatten(1).float().mean(1, keepdim=True)
 
 
-class FoldsMetric(CumulativeIterationMetric):
+class FoldsMetric(PairwiseMetric):
     """
     :py:func:`compute_folds` as a MONAI metric.
 
     Args:
-        reduction: how the values of the images are reduced, as in MONAI's metrics.
+        reduction: how the values of the pairs are reduced, as in MONAI's metrics.
     """
 
-    def __init__(self, reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
-        super().__init__()
-        self.reduction = reduction
-
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        return compute_folds(torch.as_tensor(y_pred))
-
-    def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:
-        data = self.get_buffer()
-        if not isinstance(data, torch.Tensor):
-            raise ValueError(f"nothing has been measured yet, the buffer is {type(data).__name__}.")
-        return do_metric_reduction(data, reduction or self.reduction)[0]
+        return compute_folds(plain_tensor(y_pred))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from monai_sacb.networks.nets import SACBNet
-from monai_sacb.utils import read_checkpoint
+from monai_sacb.utils import compare_states, read_checkpoint
 
 __all__ = ["load_official_checkpoint"]
 
@@ -60,7 +60,11 @@ def _numpy_scalar_globals() -> list[Any]:
 def _read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     checkpoint = read_checkpoint(path, _numpy_scalar_globals())
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in state.items())
+    ):
         raise ValueError(f"'{path}' is not a SACB-Net checkpoint: it has no 'state_dict' of tensors.")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -105,15 +109,8 @@ def load_official_checkpoint(path: str | os.PathLike[str], num_clusters: int | S
         what = f"unknown parameter '{foreign[0]}'" if foreign else "no encoder.conv0.0.conv.weight of a 3-D convolution"
         raise ValueError(f"'{path}' is not a SACB-Net checkpoint in the original layout: {what}.")
     net = SACBNet(spatial_dims=3, in_channels=first.shape[1], base_channels=first.shape[0], num_clusters=num_clusters)
-    expected = net.state_dict()
-    missing = sorted(expected.keys() - renamed.keys())
-    misfits = sorted(k for k in expected.keys() & renamed.keys() if expected[k].shape != renamed[k].shape)
-    surplus = sorted(renamed.keys() - expected.keys())
-    if missing or misfits or surplus:
-        what = (
-            f"{len(missing)} parameters are missing ({', '.join(missing[:3])}), {len(misfits)} have another shape "
-            f"({', '.join(misfits[:3])}), {len(surplus)} are unknown ({', '.join(surplus[:3])})"
-        )
-        raise ValueError(f"'{path}' is not a complete SACB-Net checkpoint in the original layout: {what}.")
+    difference = compare_states(net.state_dict(), renamed)
+    if difference is not None:
+        raise ValueError(f"'{path}' is not a complete SACB-Net checkpoint in the original layout: {difference}.")
     net.load_state_dict(renamed)
     return net.eval()

@@ -14,6 +14,7 @@ from .spatial import (
     RestoreGridd,
     WarpDDFd,
     ddf_to_displacement,
+    warp_labels,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "ddf_to_displacement",
     "save_displacement",
     "select_labels",
+    "warp_labels",
 ]

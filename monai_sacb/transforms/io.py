@@ -8,10 +8,13 @@ from typing import Any
 
 from nibabel.filebasedimages import ImageFileError
 
+from monai.config import KeysCollection
 from monai.data import ImageReader
 from monai.transforms import LoadImaged
 
 __all__ = ["LoadVolumed"]
+
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error, ImageFileError)
 
 
 class LoadVolumed(LoadImaged):
@@ -19,21 +22,24 @@ class LoadVolumed(LoadImaged):
     MONAI's ``LoadImaged``, which says in one sentence which file could not be read and why.
 
     Args:
-        keys, *args, **kwargs: as for ``monai.transforms.LoadImaged``.
+        keys: entries with the path of an image.
+        **kwargs: as for ``monai.transforms.LoadImaged``, except that images always carry their meta data.
 
     Raises:
         ValueError: When a file is missing, truncated or not an image.
     """
 
+    def __init__(self, keys: KeysCollection, **kwargs: Any) -> None:
+        if not kwargs.get("image_only", True):
+            raise ValueError("image_only must be True, got False.")
+        super().__init__(keys, **kwargs)
+
     def __call__(self, data: Mapping[Hashable, Any], reader: ImageReader | None = None) -> dict[Hashable, Any]:
         loaded = dict(data)
-        for key, meta_key, meta_key_postfix in self.key_iterator(data, self.meta_keys, self.meta_key_postfix):
-            single = LoadImaged.__new__(LoadImaged)
-            single.__dict__.update(self.__dict__)
-            single.keys, single.meta_keys, single.meta_key_postfix = (key,), (meta_key,), (meta_key_postfix,)
+        for key in self.key_iterator(data):
             try:
-                loaded.update(LoadImaged.__call__(single, {key: data[key]}, reader))
-            except (OSError, EOFError, RuntimeError, ValueError, zlib.error, ImageFileError) as error:
+                loaded[key] = self._loader(data[key], reader)
+            except _UNREADABLE as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ValueError(f"cannot read {key} '{data[key]}': {reason}") from error
         return loaded

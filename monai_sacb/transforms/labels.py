@@ -26,10 +26,13 @@ def select_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor
         uint8 map of the same shape (int16 for more than 255 labels).
 
     Raises:
-        ValueError: When ``label_ids`` is empty, repeats a value or holds 0.
+        ValueError: When ``label_ids`` is empty, repeats a value or holds 0, or the map has values between two numbers.
     """
     if len(label_ids) == 0 or len(set(label_ids)) != len(label_ids) or 0 in label_ids:
         raise ValueError(f"label_ids must be distinct values other than 0, got {list(label_ids)}.")
+    if label.is_floating_point() and bool((label != label.round()).any()):
+        value = float(label[label != label.round()].flatten()[0])
+        raise ValueError(f"a label map must hold whole numbers, got {value:g}; it may have been resampled linearly.")
     selected = torch.zeros_like(label, dtype=torch.uint8 if len(label_ids) < 256 else torch.int16)
     for number, label_id in enumerate(label_ids, start=1):
         selected[label == label_id] = number

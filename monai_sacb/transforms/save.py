@@ -14,8 +14,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
-from monai_sacb.data.pair_dataset import subject_name
-from monai_sacb.utils import replacing
+from monai_sacb.utils import replacing, subject_name
 
 __all__ = ["SaveRegistrationd", "save_displacement"]
 

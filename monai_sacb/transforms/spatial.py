@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, ResampleToMatch, SpatialPad, Transfor
 from monai.utils import ensure_tuple_rep
 
 from monai_sacb.networks.layers import compose, warp
+from monai_sacb.utils import plain_tensor
 
 __all__ = [
     "ComposeDDFd",
@@ -22,6 +23,7 @@ __all__ = [
     "RestoreGridd",
     "WarpDDFd",
     "ddf_to_displacement",
+    "warp_labels",
 ]
 
 
@@ -30,10 +32,6 @@ def _like(tensor: torch.Tensor, reference: Any) -> torch.Tensor:
     if isinstance(reference, MetaTensor):
         return MetaTensor(tensor, meta=dict(reference.meta))
     return tensor
-
-
-def _plain(tensor: Any) -> torch.Tensor:
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else torch.as_tensor(tensor)
 
 
 class FieldOfViewd(MapTransform):
@@ -50,7 +48,7 @@ class FieldOfViewd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, output_keys: KeysCollection = "mask", allow_missing_keys: bool = False
+        self, keys: KeysCollection, output_keys: KeysCollection = "field_of_view", allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
@@ -58,7 +56,7 @@ class FieldOfViewd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key, output_key in self.key_iterator(data, self.output_keys):
-            ones = torch.ones_like(_plain(data[key])[:1], dtype=torch.float32)
+            ones = torch.ones_like(plain_tensor(data[key])[:1], dtype=torch.float32)
             result[output_key] = _like(ones, data[key])
         return result
 
@@ -72,7 +70,7 @@ class PadPaird(Transform):
             Entries that are missing, or not loaded, are passed over.
     """
 
-    def __init__(self, keys: Sequence[str] = ("image", "label", "mask")) -> None:
+    def __init__(self, keys: Sequence[str] = ("image", "label", "field_of_view")) -> None:
         self.keys = tuple(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -86,6 +84,34 @@ class PadPaird(Transform):
         return result
 
 
+def warp_labels(label: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+    """
+    Warp a label map as one map for each label, linearly, and take the label with the largest value at each voxel.
+
+    Smoother than sampling the nearest voxel, and the protocol of most published tables since 2022. One label is warped
+    at a time: the memory does not grow with their number.
+
+    Args:
+        label: ``(B, 1, *spatial)``, whole numbers.
+        ddf: ``(B, d, *spatial)`` in voxels of the fixed grid, pull-back.
+
+    Returns:
+        ``(B, 1, *spatial)``, of the type of the label map; 0 outside it.
+
+    Raises:
+        ValueError: When the shapes do not belong together.
+    """
+    # what is outside counts as background
+    largest = 1 - warp((label != 0).to(ddf.dtype), ddf)
+    warped = torch.zeros_like(largest, dtype=label.dtype)
+    for value in torch.unique(label).tolist():
+        if value != 0:
+            probability = warp((label == value).to(ddf.dtype), ddf)
+            warped = torch.where(probability > largest, value, warped).to(label.dtype)
+            largest = torch.maximum(probability, largest)
+    return warped
+
+
 class WarpDDFd(MapTransform):
     """
     Warp images with a displacement field. The results take the geometry of the fixed image.
@@ -95,7 +121,7 @@ class WarpDDFd(MapTransform):
         output_keys: where the warped images go.
         ddf_key: DDF ``(d, *spatial)`` in voxels of the fixed grid, pull-back.
         reference_key: the fixed image.
-        mode: ``"bilinear"`` or ``"nearest"``, one for all keys or one for each.
+        mode: ``"bilinear"``, ``"nearest"``, or ``"label"`` (:py:func:`warp_labels`); one for all keys or one for each.
         padding_mode: what lies outside the moving image, see :py:func:`monai_sacb.networks.layers.warp`.
         allow_missing_keys: whether a key may be absent.
 
@@ -122,10 +148,13 @@ class WarpDDFd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
-        ddf = _plain(data[self.ddf_key])
+        ddf = plain_tensor(data[self.ddf_key])
         for key, output_key, mode in self.key_iterator(data, self.output_keys, self.mode):
-            image = _plain(data[key]).to(ddf.device)
-            warped = warp(image[None], ddf[None], mode=mode, padding_mode=self.padding_mode)[0]
+            image = plain_tensor(data[key]).to(ddf.device)
+            if mode == "label":
+                warped = warp_labels(image[None], ddf[None])[0]
+            else:
+                warped = warp(image[None], ddf[None], mode=mode, padding_mode=self.padding_mode)[0]
             result[output_key] = _like(warped, data[self.reference_key])
         return result
 
@@ -164,9 +193,9 @@ class ComposeDDFd(Transform):
         fields = [data.get(key) for key in (self.ddf_key, self.inverse_ddf_key)]
         # paths are fields that the preprocessing did not load, as in training, where nothing is compared
         if all(isinstance(field, torch.Tensor) for field in fields):
-            ddf = compose(_plain(data[self.ddf_key])[None], _plain(data[self.inverse_ddf_key])[None])[0]
+            ddf = compose(plain_tensor(data[self.ddf_key])[None], plain_tensor(data[self.inverse_ddf_key])[None])[0]
             if self.mask_key is not None and self.mask_key in data:
-                ddf = torch.where(_plain(data[self.mask_key]) > 0, ddf, torch.nan)
+                ddf = torch.where(plain_tensor(data[self.mask_key]) > 0, ddf, torch.nan)
             result[self.output_key] = _like(ddf, data[self.ddf_key])
         return result
 
@@ -225,7 +254,7 @@ class DDFToDisplacementd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         fixed, moving = data[self.fixed_key], data[self.moving_key]
-        displacement = ddf_to_displacement(_plain(data[self.ddf_key]), fixed.affine, moving.affine)
+        displacement = ddf_to_displacement(plain_tensor(data[self.ddf_key]), fixed.affine, moving.affine)
         return {**data, self.output_key: _like(displacement, fixed)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .bundle import find_bundle_root
 from .files import replacing
-from .weights import read_checkpoint
+from .tensors import plain_tensor, subject_name
+from .weights import compare_states, read_checkpoint
 
-__all__ = ["find_bundle_root", "read_checkpoint", "replacing"]
+__all__ = ["compare_states", "find_bundle_root", "plain_tensor", "read_checkpoint", "replacing", "subject_name"]

@@ -2,19 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 __all__ = ["find_bundle_root"]
+
+
+def _is_bundle(folder: str) -> bool:
+    # os.path, unlike pathlib, answers no for what may not be looked at
+    return os.path.isfile(os.path.join(folder, "configs", "metadata.json"))
 
 
 def find_bundle_root() -> str:
     """
     The bundle's folder, seen from the current one: itself, ``bundle``, or its only subfolder that is a bundle.
 
-    A bundle is a folder with ``configs/metadata.json``. Returns ``"."`` where there is none.
+    A bundle is a folder with ``configs/metadata.json``. Returns ``"."`` where there is none, or no single one.
     """
-    folders = [Path("."), Path("bundle"), *sorted(path for path in Path(".").iterdir() if path.is_dir())]
-    for folder in folders:
-        if (folder / "configs" / "metadata.json").is_file():
-            return str(folder)
-    return "."
+    for folder in (".", "bundle"):
+        if _is_bundle(folder):
+            return folder
+    try:
+        subfolders = [entry.name for entry in os.scandir(".") if _is_bundle(entry.name)]
+    except OSError:
+        return "."
+    return subfolders[0] if len(subfolders) == 1 else "."

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["read_checkpoint"]
+__all__ = ["compare_states", "read_checkpoint"]
 
 # what torch.load raises for a file that is not one, is cut short, or would run code
 _UNREADABLE = (
@@ -21,6 +22,8 @@ _UNREADABLE = (
     LookupError,
     AttributeError,
     TypeError,
+    AssertionError,
+    struct.error,
 )
 
 
@@ -45,5 +48,23 @@ def read_checkpoint(path: str | os.PathLike[str], safe_globals: Sequence[Any] = 
         with torch.serialization.safe_globals(list(safe_globals)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"'{path}' is not a readable checkpoint of tensors and numbers ({reason}).") from error
+        raise ValueError(f"'{path}' is not a readable checkpoint of tensors and numbers.") from error
+
+
+def compare_states(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str | None:
+    """
+    Say how the parameters in a checkpoint differ from those of a network.
+
+    Args:
+        expected: state dict of the network.
+        given: state dict of the checkpoint.
+
+    Returns:
+        how many parameters are missing, unknown or of another shape, with examples; None where all belong together.
+    """
+    missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    misfits = sorted(k for k in expected.keys() & given.keys() if expected[k].shape != given[k].shape)
+    if not missing and not surplus and not misfits:
+        return None
+    kinds = ((missing, "parameters are missing"), (misfits, "have another shape"), (surplus, "are unknown"))
+    return ", ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for names, what in kinds)

@@ -92,6 +92,9 @@ class ConvFlowEstimator(nn.Module):
         # instance norm treats every image alone, so both can share one batch
         moving, fixed = self.refine(torch.cat([moving, fixed])).chunk(2)
         delta = self.flow(torch.cat([fixed, moving], 1))
+        # a field in half precision is off by tenths of a voxel
+        if delta.dtype != torch.float64:
+            delta = delta.float()
         if ddf is not None:
             delta = compose(delta, ddf, padding_mode="zeros")
         return delta

@@ -23,7 +23,16 @@ BIAS_WIDTH = 64
 
 
 def conv_norm_act(spatial_dims: int, in_channels: int, out_channels: int, negative_slope: float) -> Convolution:
-    """Convolution of window 3 with bias, instance norm and LeakyReLU, the unit that the whole network is made of."""
+    """
+    Convolution of window 3 with bias, instance norm and LeakyReLU, the unit that the whole network is made of.
+
+    Raises:
+        ValueError: When ``spatial_dims`` is not 2 or 3, or a number of channels is below 1.
+    """
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+    if min(in_channels, out_channels) < 1:
+        raise ValueError(f"channels must be at least 1, got {in_channels} in and {out_channels} out.")
     return Convolution(
         spatial_dims,
         in_channels,

@@ -43,11 +43,12 @@ class SimilarityMatching(nn.Module):
             array axis i.
 
         Raises:
-            ValueError: When the two shapes differ.
+            ValueError: When the two shapes differ, or have no spatial axis.
         """
-        if moving.shape != fixed.shape:
+        if moving.shape != fixed.shape or fixed.dim() < 3:
             raise ValueError(
-                f"moving and fixed features must have one shape, got {list(moving.shape)} and {list(fixed.shape)}."
+                f"moving and fixed features must have one shape (B, C, *spatial), got {list(moving.shape)} and "
+                f"{list(fixed.shape)}."
             )
         spatial = list(fixed.shape[2:])
         dims = len(spatial)
@@ -55,6 +56,14 @@ class SimilarityMatching(nn.Module):
         padded = pad_spatial(moving, radius)
         offsets = window_offsets(dims, self.window)
         scores = torch.cat([(fixed * shifted(padded, offset, spatial)).sum(1, keepdim=True) for offset in offsets], 1)
-        weights = scores.float().softmax(1) if scores.dtype != torch.float64 else scores.softmax(1)
-        steps = torch.tensor(offsets, dtype=weights.dtype, device=weights.device) - radius
-        return torch.einsum("bt...,td->bd...", weights, steps)
+        # a field in half precision is off by tenths of a voxel
+        weights = scores.softmax(1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+        displacement: list[torch.Tensor] = []
+        for axis in range(dims):
+            expected = torch.zeros_like(weights[:, 0])
+            for tap, offset in enumerate(offsets):
+                step = offset[axis] - radius
+                if step != 0:
+                    expected = expected + step * weights[:, tap]
+            displacement.append(expected)
+        return torch.stack(displacement, 1)

@@ -110,6 +110,8 @@ def cluster_adaptive_conv(
     num_taps = len(window_offsets(len(spatial), kernel_size))
     if (
         kernel_size % 2 != 1
+        or weight.dim() != 3
+        or gates.dim() != 3
         or list(weight.shape) != [weight.shape[0], x.shape[1], num_taps]
         or list(gates.shape) != [x.shape[0], gates.shape[1], num_taps]
         or list(bias.shape) != [x.shape[0], gates.shape[1], weight.shape[0]]
@@ -125,5 +127,9 @@ def cluster_adaptive_conv(
     if torch.jit.is_scripting():
         return _forward(x, weight, gates, bias, labels, kernel_size)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        y = _ClusterAdaptiveConv.apply(x, weight, gates, bias, labels, kernel_size)
+        # a trace cannot hold a Python function
+        if torch.jit.is_tracing() or not torch.is_grad_enabled():
+            y = _forward(x, weight, gates, bias, labels, kernel_size)
+        else:
+            y = _ClusterAdaptiveConv.apply(x, weight, gates, bias, labels, kernel_size)
     return y

@@ -64,15 +64,25 @@ def _kmeans(
     points: torch.Tensor, num_clusters: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """k-means without argument checks; see :py:func:`kmeans`."""
+    if torch.jit.is_scripting():
+        return _kmeans_float32(points, num_clusters, subsample_size, subsample_passes, full_passes, tol)
+    # the sum over a cluster leaves the range of half precision, to which autocast would cast the products
+    with torch.autocast(device_type=points.device.type, enabled=False):
+        return _kmeans_float32(points, num_clusters, subsample_size, subsample_passes, full_passes, tol)
+
+
+def _kmeans_float32(
+    points: torch.Tensor, num_clusters: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     if points.dtype != torch.float64:
         points = points.float()
     num_points = points.shape[1]
-    # centred and scaled, the expanded distance loses no digits and neither large nor tiny values leave the range
-    offset = points.mean(1, keepdim=True)
-    points = points - offset
+    # scaled and centred, the expanded distance loses no digits and neither large nor tiny values leave the range
     scale = points.abs().amax([1, 2], keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     points = points / scale
+    offset = points.mean(1, keepdim=True)
+    points = points - offset
     stride = max(1, num_points // subsample_size)
     # without a common factor the stride visits every column and slice of the grid, not only some of them
     while math.gcd(stride, num_points) > 1 and stride > 1:
@@ -81,7 +91,21 @@ def _kmeans(
     centroids = _lloyd(sample, _farthest_points(sample, num_clusters), subsample_passes, tol)
     if stride > 1:
         centroids = _lloyd(points, centroids, full_passes, tol)
-    return _nearest(points, centroids), centroids * scale + offset
+    return _nearest(points, centroids), (centroids + offset) * scale
+
+
+def _check_arguments(
+    num_clusters: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
+) -> None:
+    for name, value, lowest in (
+        ("num_clusters", num_clusters, 1),
+        ("subsample_size", subsample_size, 1),
+        ("subsample_passes", subsample_passes, 0),
+        ("full_passes", full_passes, 0),
+        ("tol", tol, 0),
+    ):
+        if not value >= lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}.")
 
 
 def kmeans(
@@ -123,15 +147,7 @@ def kmeans(
             f"points must be a non-empty floating point tensor of shape (B, N, C), got {tuple(points.shape)} "
             f"of {points.dtype}."
         )
-    for name, value, lowest in (
-        ("num_clusters", num_clusters, 1),
-        ("subsample_size", subsample_size, 1),
-        ("subsample_passes", subsample_passes, 0),
-        ("full_passes", full_passes, 0),
-        ("tol", tol, 0),
-    ):
-        if not value >= lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}.")
+    _check_arguments(num_clusters, subsample_size, subsample_passes, full_passes, tol)
     if not bool(torch.isfinite(points).all()):
         raise ValueError(f"points must be finite, got {int((~torch.isfinite(points)).sum())} NaN or infinite values.")
     with torch.no_grad():
@@ -147,6 +163,8 @@ class KMeans(nn.Module):
     Args:
         num_clusters, subsample_size, subsample_passes, full_passes, tol: as for :py:func:`kmeans`.
 
+    Raises:
+        ValueError: When an argument is out of its range.
     """
 
     def __init__(
@@ -158,8 +176,7 @@ class KMeans(nn.Module):
         tol: float = 1e-4,
     ) -> None:
         super().__init__()
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}.")
+        _check_arguments(num_clusters, subsample_size, subsample_passes, full_passes, tol)
         self.num_clusters = num_clusters
         self.subsample_size = subsample_size
         self.subsample_passes = subsample_passes

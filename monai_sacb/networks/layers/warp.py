@@ -25,7 +25,8 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear", padding
     Sample an image at ``p + ddf(p)`` for every voxel p of the field's grid.
 
     The coordinates are computed in float32 (float64 for a float64 field) whatever the type of the inputs. The image
-    may have another size than the field; index 0 of both grids is the same place.
+    may have another size than the field; index 0 of both grids is the same place. Along an axis of a single voxel
+    nothing is displaced.
 
     Args:
         image: ``(B, C, *spatial)``, moving image; 2-D or 3-D.
@@ -77,7 +78,12 @@ def compose(first: torch.Tensor, second: torch.Tensor, padding_mode: str = "bord
 
     Returns:
         ``(B, d, *spatial)`` in voxels.
+
+    Raises:
+        ValueError: When the shapes differ.
     """
+    if first.shape != second.shape:
+        raise ValueError(f"both fields must have one shape, got {list(first.shape)} and {list(second.shape)}.")
     return warp(second, first, padding_mode=padding_mode) + first
 
 

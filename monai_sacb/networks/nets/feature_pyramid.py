@@ -25,6 +25,9 @@ class FeaturePyramidEncoder(nn.Module):
     Attributes:
         channels: the channels of the levels, finest first.
 
+    Raises:
+        ValueError: When an argument is out of its range.
+
     Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
     """
 
@@ -32,6 +35,9 @@ class FeaturePyramidEncoder(nn.Module):
         self, spatial_dims: int = 3, in_channels: int = 1, base_channels: int = 4, negative_slope: float = 0.1
     ) -> None:
         super().__init__()
+        for name, value in (("in_channels", in_channels), ("base_channels", base_channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         c = base_channels
         self.channels = (2 * c, 4 * c, 8 * c, 16 * c, 16 * c)
         level1 = nn.Sequential(

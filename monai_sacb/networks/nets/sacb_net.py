@@ -56,9 +56,6 @@ class SACBNet(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        for name, value in (("in_channels", in_channels), ("base_channels", base_channels)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
         # ensure_tuple_rep refuses a sequence that is not of one number per level
         clusters = ensure_tuple_rep(num_clusters, 4)
         self.spatial_dims = spatial_dims

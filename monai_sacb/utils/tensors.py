@@ -1,0 +1,23 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monai.data import MetaTensor
+
+__all__ = ["plain_tensor", "subject_name"]
+
+
+def plain_tensor(x: Any) -> torch.Tensor:
+    """The tensor without meta data, or an array as a tensor."""
+    return x.as_tensor() if isinstance(x, MetaTensor) else torch.as_tensor(x)
+
+
+def subject_name(image: Any) -> str:
+    """Name of a subject: the file name of its image without extensions; empty where it is not known."""
+    filename = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
+    return Path(str(filename)).name.split(".")[0]

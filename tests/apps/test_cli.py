@@ -1,0 +1,175 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import monai_sacb
+from monai_sacb.apps import bundle_source
+from monai_sacb.apps.cli import main
+
+# what is typed, and what the one line on stderr must name
+MISTAKES = {
+    "unknown command": (["regster"], r"regster"),
+    "unknown command with options": (["regster", "--output_dir=x"], r"regster"),
+    "unknown option": (["bundle", "--output_dir", "copy", "--force"], r"--force"),
+    "unknown option with value": (["bundle", "--outputdir=copy"], r"--outputdir"),
+    "option is a prefix of the right one": (["bundle", "--output", "copy"], r"--output\b"),
+    "unknown short option": (["bundle", "--output_dir=copy", "-f"], r"-f\b"),
+    "unknown option before any command": (["--verbose"], r"--verbose"),
+    "argument without option": (["bundle", "copy"], r"copy"),
+    "surplus argument": (["bundle", "--output_dir", "copy", "surplus"], r"surplus"),
+    # fire would call the method of that name on the result
+    "surplus argument that names a method": (["bundle", "--output_dir=copy", "upper"], r"upper"),
+    "option twice": (["bundle", "--output_dir=copy", "--output-dir", "other"], r"--output-dir"),
+    "version with more": (["--version", "surplus"], r"--version|surplus"),
+    "missing argument": (["bundle"], r"output_dir"),
+    "option without value": (["bundle", "--output_dir"], r"output_dir"),
+    "option followed by another": (["bundle", "--output_dir", "--output_dir"], r"output_dir"),
+    "empty name": (["bundle", "--output_dir="], r"output_dir|exists"),
+}
+
+
+def exit_code(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert stop.code is None or isinstance(stop.code, int)
+        return stop.code or 0
+    return 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["--version"]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"monai-sacb {monai_sacb.__version__}\n"
+    assert output.err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bundle", "--output_dir", "copy"],
+        ["bundle", "--output_dir=copy"],
+        ["bundle", "--output-dir", "copy"],
+    ],
+    ids=" ".join,
+)
+def test_bundle_is_copied(capsys: pytest.CaptureFixture[str], own_folder: Path, arguments: list[str]) -> None:
+    assert exit_code(arguments) == 0
+    output = capsys.readouterr()
+    assert output.out == "copy\n"
+    assert output.err == ""
+    source = bundle_source()
+    copy = files(own_folder / "copy")
+    assert copy
+    for name in ("LICENSE", *(f"configs/{n}.json" for n in ("train", "evaluate", "inference", "metadata"))):
+        assert copy[os.path.normpath(name)] == (source / name).read_bytes()
+    assert {n for n in files(source) if n.startswith("configs")} == {n for n in copy if n.startswith("configs")}
+
+
+NAMES = [
+    "2026",
+    "2026.10",
+    "1e3",
+    "007",
+    "0x10",
+    "None",
+    "True",
+    "a,b",
+    "[a]",
+    "run-1",
+    "a b",
+    "a=b",
+    "it's",
+    '"',
+    "-x",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
+def test_target_is_taken_literally(own_folder: Path, name: str, joined: bool) -> None:
+    assert exit_code(["bundle", *([f"--output_dir={name}"] if joined else ["--output_dir", name])]) == 0
+    assert os.listdir(own_folder) == [name]
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], own_folder: Path, arguments: list[str], named: str
+) -> None:
+    assert exit_code(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("monai-sacb: ")
+    assert output.err.count("\n") == 1 and output.err.endswith("\n"), output.err
+    assert re.search(named, output.err)
+    # refused before anything is done
+    assert os.listdir(own_folder) == []
+
+
+@pytest.mark.parametrize("target", ["there", "there/below"])
+def test_target_that_cannot_be_made(capsys: pytest.CaptureFixture[str], own_folder: Path, target: str) -> None:
+    (own_folder / "there").write_text("mine")
+    assert exit_code(["bundle", "--output_dir", target]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("monai-sacb: ") and output.err.count("\n") == 1 and "there" in output.err
+    assert (own_folder / "there").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bundle", "--help"], ["bundle", "-h"], ["bundle", "--output_dir", "copy", "--help"]], ids=" ".join
+)
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str], own_folder: Path, arguments: list[str]) -> None:
+    assert exit_code(arguments) == 0
+    output = capsys.readouterr()
+    text = output.out + output.err
+    assert "output_dir" in text.lower() and "must not exist yet" in text
+    assert os.listdir(own_folder) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "--help", "-h"])
+def test_commands_are_listed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert exit_code(arguments) == 0
+    output = capsys.readouterr()
+    text = output.out + output.err
+    assert "monai-sacb" in text and "bundle" in text and "MONAI bundle that came with the package" in text
+
+
+def test_arguments_default_to_those_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["monai-sacb", "--version"])
+    main()
+    assert capsys.readouterr().out == f"monai-sacb {monai_sacb.__version__}\n"
+
+
+def test_module_runs(own_folder: Path) -> None:
+    (own_folder / "there").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "monai_sacb", "bundle", "--output_dir", "there"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "monai-sacb: 'there' exists already."

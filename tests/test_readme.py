@@ -1,0 +1,78 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Every code block of the README runs, and what it says comes true."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [code.strip() for language, code in BLOCKS if language == "bash"]
+
+
+def test_kinds_of_blocks() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "text"}
+    assert len(PYTHON) >= 3 and len(SHELL) >= 6
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_block(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "sample_dataset" in code:
+        pytest.importorskip("nilearn")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_install_command_is_the_first_step() -> None:
+    """The installation of the two set-up commands; that of the tests is what continuous integration runs."""
+    steps = SHELL[0].split(" && ")
+    assert steps[:2] == ["python3 -m venv .venv", '.venv/bin/pip install ".[sample]"']
+    assert SHELL[1] == '.venv/bin/pip install ".[sample,test]" && .venv/bin/pytest'
+
+
+@pytest.mark.slow
+def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
+    """Trainings are cut short; all else is run to the letter."""
+    pytest.importorskip("nilearn")
+    shutil.copytree(ROOT / "bundle", tmp_path / "bundle")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, arguments in (("python", ""), ("monai-sacb", "-m monai_sacb")):
+        script = programs / name
+        # not a link: the interpreter finds its virtual environment by its own place
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "DATASET": str(tmp_path / "output/sample")}
+    for block in [SHELL[0].split(" && ")[-1].replace(".venv/bin/python", "python"), *SHELL[2:]]:
+        command = block + (" --max_epochs 1 --pairs_per_epoch 2" if "run training" in block else "")
+        if "Task04_Hippocampus" in command:
+            # needs data that is not ours to give
+            continue
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    pair = "output/registered/brain_12_to_brain_13"
+    assert {
+        "output/model.pt",
+        "output/registration.png",
+        "output/pairs.csv",
+        "output/checkpoint.pt",
+        f"{pair}/warped.nii.gz",
+        f"{pair}/warped_label.nii.gz",
+        f"{pair}/displacement.nii.gz",
+        "output_own/model.pt",
+        "my_bundle/configs/train.json",
+        "my_bundle/LICENSE",
+    } <= made

@@ -1,0 +1,117 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from monai_sacb.utils import replacing
+
+NAMES = ["model.pt", "warped.nii.gz", "noextension", ".hidden", "two words.tar.gz"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_appears_only_when_the_block_has_ended(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "deep" / "er" / name
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"new")
+        assert temporary != target
+        assert temporary.parent == target.parent
+        # file writers choose the format by the extensions
+        assert "".join(temporary.suffixes).endswith("".join(target.suffixes))
+        assert not target.exists()
+    assert target.read_bytes() == b"new"
+    assert names(target.parent) == [name]
+
+
+def test_old_file_is_whole_until_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    target.write_text("old")
+    with replacing(target) as temporary:
+        temporary.write_text("ne")
+        assert target.read_text() == "old"
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["state.json"]
+
+
+def test_reader_of_the_old_file_keeps_it(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    target.write_text("old")
+    with open(target, encoding="utf-8") as reader:
+        with replacing(target) as temporary:
+            temporary.write_text("a much longer new content")
+        # renamed over, not written into
+        assert reader.read() == "old"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("stop"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
+@pytest.mark.parametrize("old", [None, "old"])
+def test_nothing_is_left_on_failure(tmp_path: Path, error: BaseException, old: str | None) -> None:
+    target = tmp_path / "state.json"
+    if old is not None:
+        target.write_text(old)
+    with pytest.raises(type(error)) as caught, replacing(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert caught.value is error
+    assert names(tmp_path) == ([] if old is None else ["state.json"])
+    if old is not None:
+        assert target.read_text() == old
+
+
+def test_failed_rename_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    (target / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"state\.json"), replacing(target) as temporary:
+        temporary.write_text("new")
+    assert names(tmp_path) == ["state.json"]
+    assert names(target) == ["inside"]
+
+
+def test_writers_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    with replacing(target) as first, replacing(target) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    # the outer block ends last
+    assert target.read_text() == "first"
+    assert names(tmp_path) == ["state.json"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "ordinary").write_text("x")
+        with replacing(tmp_path / "replaced") as temporary:
+            temporary.write_text("x")
+        now = os.umask(umask)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "replaced")]
+    assert modes[0] == modes[1] == 0o666 & ~umask
+    assert now == umask
+
+
+def test_string_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with replacing("plain.txt") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "plain.txt").read_text() == "x"
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"), replacing(tmp_path / "file" / "state.json"):
+        pytest.fail("the block must not run")
