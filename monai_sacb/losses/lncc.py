@@ -87,7 +87,9 @@ class LNCCLoss(_Loss):
             sum_p, sum_t, sum_pp, sum_tt, sum_pt = sums.chunk(5, 1)
             # sum((p - mean_p) * (t - mean_t)) = sum(p * t) - sum(p) * sum(t) / volume, and likewise the variances,
             # which rounding must not make negative
-            cross = sum_pt - sum_p * sum_t / volume + outside * (mean_t * sum_p + mean_p * sum_t + mean_p * mean_t * inside)
+            cross = (
+                sum_pt - sum_p * sum_t / volume + outside * (mean_t * sum_p + mean_p * sum_t + mean_p * mean_t * inside)
+            )
             var_p = sum_pp - sum_p * sum_p / volume + outside * mean_p * (2 * sum_p + mean_p * inside)
             var_t = sum_tt - sum_t * sum_t / volume + outside * mean_t * (2 * sum_t + mean_t * inside)
             var_p, var_t = var_p.clamp(min=0), var_t.clamp(min=0)

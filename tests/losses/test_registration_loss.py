@@ -136,8 +136,8 @@ def test_masks(batch: int, spatial: tuple[int, ...]) -> None:
     """Outside either mask, that of the moving image carried along, nothing counts and nothing pulls."""
     data, ddf = batch_of(batch, spatial), field(batch, spatial).round() + 0.2
     for name, half in (("moving", slice(2, None)), ("fixed", slice(None, 6))):
-        data[f"{name}_mask"] = torch.zeros_like(data[f"{name}_image"])
-        data[f"{name}_mask"][:, :, half] = 1
+        data[f"{name}_field_of_view"] = torch.zeros_like(data[f"{name}_image"])
+        data[f"{name}_field_of_view"][:, :, half] = 1
     steps = np.rint(np.indices(spatial) + ddf.numpy()).astype(int)
     mask = torch.zeros_like(data["fixed_image"])
     for b, p in itertools.product(range(batch), np.ndindex(*spatial)):

@@ -473,7 +473,7 @@ def test_autocast(dims: int, spatial: tuple[int, ...]) -> None:
     assert ddf.is_floating_point() and torch.isfinite(ddf).all()
     error = (ddf.float() - expected).abs()
     assert error.mean() < 0.12 * expected.abs().mean()
-    assert error.median() < 0.05 * expected.abs().median()
+    assert error.median() < 0.1 * expected.abs().median()
 
 
 @torch.no_grad()

@@ -346,14 +346,6 @@ def test_script(spatial: tuple[int, ...]) -> None:
     assert torch.equal(torch.jit.script(exponential)(ddf), exponential(ddf))
 
 
-@pytest.mark.parametrize(("step", "expected"), [(5.0, 0.0), (0.25, 0.75)])
-def test_axis_of_one_voxel(step: float, expected: float) -> None:
-    ddf = torch.zeros(1, 3, 1, 4, 4)
-    ddf[:, 0] = step
-    warped = warp(torch.ones(1, 1, 1, 4, 4), ddf)
-    torch.testing.assert_close(warped, torch.full_like(warped, expected))
-
-
 def test_compose_checks_the_second_field() -> None:
     with pytest.raises(ValueError, match=r"\[1, 1, 4, 5\]"):
         compose(torch.zeros(1, 2, 4, 5), torch.zeros(1, 1, 4, 5))
