@@ -24,7 +24,7 @@ HELD_OUT_FRACTION = 0.1
 
 def _read_json(dataset_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """The parsed ``dataset.json`` of a folder (or the JSON file itself) and the folder paths are relative to."""
-    path = Path(dataset_dir)
+    path = Path(os.path.abspath(dataset_dir))
     if path.is_dir():
         path = path / "dataset.json"
     if not path.is_file():
@@ -51,7 +51,7 @@ def _subject(entry: Any, root: Path, where: str) -> dict[str, str]:
         value = entry.get(key)
         if value is None:
             continue
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}: {key} must be one path, got {value!r}.")
         path = Path(os.path.normpath(root / value))
         if not path.exists():
@@ -70,7 +70,10 @@ def _section(content: Mapping[str, Any], root: Path, name: str) -> list[dict[str
 def _pair_section(content: Mapping[str, Any], root: Path, name: str) -> list[tuple[dict[str, str], dict[str, str]]]:
     """The (moving, fixed) subjects of every listed pair, with whatever labels the pair itself names."""
     pairs = []
-    for i, entry in enumerate(content.get(name) or []):
+    entries = content.get(name) or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{root / 'dataset.json'}: '{name}' must be a list, got {entries!r}.")
+    for i, entry in enumerate(entries):
         where = f"{root / 'dataset.json'}: {name}[{i}]"
         if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= entry.keys():
             raise ValueError(f"{where} must be an object with paths 'fixed' and 'moving', got {entry!r}.")

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from monai.data import CacheDataset, MetaTensor
+from monai.transforms import Lambda, Transform
 
 __all__ = ["PairDataset"]
 
@@ -68,6 +69,9 @@ class PairDataset(Dataset):
                     raise ValueError(f"a pair must be two indices below {num_subjects}, got {tuple(pair)}.")
         self.pairs = pairs
         self.pair_transform = pair_transform
+        if transform is not None and not isinstance(transform, Transform):
+            # CacheDataset does not cache what a plain function returns
+            transform = Lambda(transform)
         self.subjects: Dataset = (
             data
             if isinstance(data, Dataset)

@@ -151,20 +151,32 @@ def sample_dataset(
     folder = Path(dataset_dir)
     made_with = {"num_training": num_training, "num_validation": num_validation, "spacing": spacing, "seed": seed}
     if folder.exists():
-        description = folder / "dataset.json"
-        if not description.is_file() or json.loads(description.read_text()).get("made_with") != made_with:
-            raise ValueError(f"'{folder}' exists and is not a sample made with {made_with}.")
+        _check_sample(folder, made_with)
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write_sample(temporary, made_with, num_training, num_validation, spacing, seed)
         temporary.chmod(0o755)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            # another process may have made it in the meantime
+            _check_sample(folder, made_with)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info(f"Made a sample of {num_training + num_validation} subjects in '{folder}'.")
     return str(folder)
+
+
+def _check_sample(folder: Path, made_with: dict[str, float]) -> None:
+    """Refuse a folder that is not a sample made with the same arguments."""
+    try:
+        found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["made_with"]
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    if found != made_with:
+        raise ValueError(f"'{folder}' exists and is not a sample made with {made_with}.")
 
 
 def _write_sample(

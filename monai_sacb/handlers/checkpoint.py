@@ -116,8 +116,8 @@ class BestModelSaver:
             self._saved = best
 
     def restored(self, best: float) -> None:
-        """Take note of the best value of a resumed training, if its weights are still on disk."""
-        self._saved = best if self.path.is_file() else None
+        """Take note of the best value of a resumed training, whose weights are on disk already."""
+        self._saved = best
 
 
 def _random_states() -> dict[str, Any]:
@@ -232,7 +232,10 @@ class TrainingCheckpoint:
             self._restore_schedule(self.lr_scheduler, state["lr_scheduler"])
         if engine.scaler is not None and state["scaler"] is not None:
             engine.scaler.load_state_dict(state["scaler"])
-        if self.evaluator is not None and "best_metric" in state:
+        best_is_lost = self.best_saver is not None and not self.best_saver.path.is_file()
+        if best_is_lost:
+            self.logger.warning("The best weights so far are not on disk any more: the next validation sets the best.")
+        elif self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
             if self.best_saver is not None:

@@ -71,6 +71,9 @@ class PairMetric(IgniteMetricHandler):
 
     def completed(self, engine: Workflow, name: str) -> None:
         """Write the result to the engine's metrics, if there is one."""
+        # nothing of an earlier evaluation must pass for a result of this one
+        engine.state.metrics.pop(name, None)
+        engine.state.metric_details.pop(name, None)
         if any(self.measured):
             super().completed(engine, name)
             if self.save_details and not all(self.measured):

@@ -108,7 +108,7 @@ class RegistrationTable:
 
     def table(self, columns: Mapping[str, torch.Tensor]) -> str:
         """The means over the pairs, as text."""
-        lines = [f"{len(self._pairs)} pairs{'Dice before':>26}{'after':>10}"]
+        lines = [f"{f'{len(self._pairs)} pairs':<22}{'Dice before':>12}{'after':>10}"]
         for label in [*self.label_names, "mean"]:
             keys = [f"{self.before}/{label}", f"{self.after}/{label}"]
             if all(key in columns for key in keys):

@@ -10,7 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResampleToMatch, SpatialPad, Transform
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple, ensure_tuple_rep
 
 from monai_sacb.networks.layers import compose, warp
 from monai_sacb.utils import plain_tensor
@@ -34,6 +34,13 @@ def _like(tensor: torch.Tensor, reference: Any) -> torch.Tensor:
     return tensor
 
 
+def _output_keys(keys: Sequence[Hashable], output_keys: KeysCollection) -> tuple[Hashable, ...]:
+    outputs: tuple[Hashable, ...] = ensure_tuple(output_keys)
+    if len(outputs) != len(keys):
+        raise ValueError(f"there must be one output key for each of the keys {tuple(keys)}, got {outputs}.")
+    return outputs
+
+
 class FieldOfViewd(MapTransform):
     """
     Add a mask of where an image has been measured, to be padded along with it.
@@ -45,13 +52,16 @@ class FieldOfViewd(MapTransform):
         keys: images ``(C, *spatial)``, before they are padded.
         output_keys: where the masks ``(1, *spatial)`` of ones go, float32.
         allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When there are not as many output keys as keys.
     """
 
     def __init__(
         self, keys: KeysCollection, output_keys: KeysCollection = "field_of_view", allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
+        self.output_keys = _output_keys(self.keys, output_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
@@ -140,7 +150,7 @@ class WarpDDFd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
+        self.output_keys = _output_keys(self.keys, output_keys)
         self.ddf_key = ddf_key
         self.reference_key = reference_key
         self.mode = ensure_tuple_rep(mode, len(self.keys))

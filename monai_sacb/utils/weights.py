@@ -18,6 +18,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
     EOFError,
+    OSError,
     ValueError,
     LookupError,
     AttributeError,

@@ -43,10 +43,11 @@ def plot_registration(
     Raises:
         ValueError: When the shapes do not belong together.
     """
-    if not (moving.shape == fixed.shape == warped.shape) or tuple(ddf.shape) != (fixed.dim(), *fixed.shape):
+    one_grid = moving.shape == fixed.shape == warped.shape and tuple(ddf.shape) == (fixed.dim(), *fixed.shape)
+    if not one_grid or fixed.dim() not in (2, 3):
         raise ValueError(
             f"moving {list(moving.shape)}, fixed {list(fixed.shape)}, warped {list(warped.shape)} and ddf "
-            f"{list(ddf.shape)} must be of one grid."
+            f"{list(ddf.shape)} must be of one 2-D or 3-D grid."
         )
     arrays = [x.detach().cpu().float().numpy() for x in (moving, fixed, warped)]
     field = ddf.detach().cpu().float().numpy()
