@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -50,8 +51,9 @@ def _translate(name: str) -> str | None:
 
 def _numpy_scalar_globals() -> list[Any]:
     """What a pickled NumPy scalar (a best Dice, say) needs to be read without running code from the file."""
-    core = np._core if hasattr(np, "_core") else np.core
-    scalar = core.multiarray.scalar
+    # NumPy 2 has moved it
+    core = "numpy._core" if int(np.__version__.split(".")[0]) >= 2 else "numpy.core"
+    scalar = importlib.import_module(f"{core}.multiarray").scalar
     names = {f"{module}.multiarray.scalar" for module in ("numpy.core", "numpy._core")}
     dtypes = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
     return [*((scalar, name) for name in sorted(names)), np.dtype, *dtypes]
