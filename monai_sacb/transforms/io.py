@@ -14,7 +14,7 @@ from monai.transforms import LoadImaged
 
 __all__ = ["LoadVolumed"]
 
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error, ImageFileError)
+_UNREADABLE = (OSError, EOFError, RuntimeError, TypeError, ValueError, zlib.error, ImageFileError)
 
 
 class LoadVolumed(LoadImaged):
