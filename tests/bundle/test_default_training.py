@@ -34,8 +34,8 @@ def test_default_training_learns(
         flow.run()
     summary = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert summary["pairs"] == 12
-    assert summary["val_dice/mean"] > summary["val_dice_before/mean"] + 0.08
-    assert summary["val_field_error_mm"] < 0.75 * summary["val_field_error_before_mm"]
+    assert summary["val_dice/mean"] > summary["val_dice_before/mean"] + 0.12
+    assert summary["val_field_error_mm"] < 0.8 * summary["val_field_error_before_mm"]
     assert summary["val_folds_percent"] < 1.0
     assert "Dice before" in caplog.text
     assert (tmp_path / "output" / "registered" / "brain_12_to_brain_13" / "warped.nii.gz").is_file()
