@@ -2,6 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from .bundle import bundle, bundle_source
+from .bundle_copy import bundle, bundle_source
 
 __all__ = ["bundle", "bundle_source"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import fire
 
-from monai_sacb.apps.bundle import bundle
+from monai_sacb.apps.bundle_copy import bundle
 from monai_sacb.version import __version__
 
 __all__ = ["main"]

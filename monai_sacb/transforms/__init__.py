@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .checks import CheckPaird, CheckVolumed
 from .io import LoadVolumed
-from .labels import SelectLabelsd, select_labels
+from .labels import SelectLabelsd, number_labels
 from .save import SaveRegistrationd, save_displacement
 from .spatial import (
     ComposeDDFd,
@@ -30,7 +30,7 @@ __all__ = [
     "SelectLabelsd",
     "WarpDDFd",
     "ddf_to_displacement",
+    "number_labels",
     "save_displacement",
-    "select_labels",
     "warp_labels",
 ]

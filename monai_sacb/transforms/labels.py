@@ -11,10 +11,10 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-__all__ = ["SelectLabelsd", "select_labels"]
+__all__ = ["SelectLabelsd", "number_labels"]
 
 
-def select_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor:
+def number_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor:
     """
     Number the configured label values 1, 2, ... in their order; every other value becomes 0.
 
@@ -41,7 +41,7 @@ def select_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor
 
 class SelectLabelsd(MapTransform):
     """
-    Dictionary wrapper of :py:func:`select_labels`.
+    Dictionary wrapper of :py:func:`number_labels`.
 
     The values that were found are kept in the meta data under ``label_ids``, as text, for
     :py:class:`monai_sacb.data.PairDataset` to check.
@@ -60,7 +60,7 @@ class SelectLabelsd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(data):
             label = data[key]
-            result[key] = select_labels(label, self.label_ids)
+            result[key] = number_labels(label, self.label_ids)
             if isinstance(result[key], MetaTensor):
                 found = torch.unique(label.as_tensor()).tolist()
                 result[key].meta["label_ids"] = " ".join(str(int(value)) for value in found)

@@ -10,7 +10,7 @@ import torch
 
 from monai.data import MetaTensor
 
-from monai_sacb.transforms import SelectLabelsd, select_labels
+from monai_sacb.transforms import SelectLabelsd, number_labels
 
 VALUES = torch.tensor([0, 1, 2, 7, 40, 2035, -3])
 
@@ -30,7 +30,7 @@ CASES = {
 @pytest.mark.parametrize(("label_ids", "expected"), CASES.values(), ids=CASES)
 def test_values_are_numbered_anew(label_ids: list[int], expected: list[int], dtype: torch.dtype) -> None:
     label = VALUES.to(dtype)
-    selected = select_labels(label, label_ids)
+    selected = number_labels(label, label_ids)
     assert selected.dtype == torch.uint8
     assert selected.tolist() == expected
     assert torch.equal(label, VALUES.to(dtype))
@@ -38,7 +38,7 @@ def test_values_are_numbered_anew(label_ids: list[int], expected: list[int], dty
 
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1, 1), (1, 1, 7, 1), (7,)], ids=str)
 def test_any_shape(shape: tuple[int, ...]) -> None:
-    selected = select_labels(VALUES.reshape(shape), [7, 1])
+    selected = number_labels(VALUES.reshape(shape), [7, 1])
     assert selected.shape == shape
     assert selected.flatten().tolist() == [0, 2, 0, 1, 0, 0, 0]
 
@@ -46,7 +46,7 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("number", "dtype"), [(255, torch.uint8), (256, torch.int16), (300, torch.int16)])
 def test_many_labels(number: int, dtype: torch.dtype) -> None:
     label = torch.arange(0, 2 * number + 2)
-    selected = select_labels(label, [2 * i for i in range(1, number + 1)])
+    selected = number_labels(label, [2 * i for i in range(1, number + 1)])
     assert selected.dtype == dtype
     expected = [i // 2 if i % 2 == 0 and i <= 2 * number else 0 for i in label.tolist()]
     assert selected.tolist() == expected
@@ -57,7 +57,7 @@ def test_many_labels(number: int, dtype: torch.dtype) -> None:
 )
 def test_ill_formed(label_ids: list[int]) -> None:
     with pytest.raises(ValueError) as caught:
-        select_labels(VALUES, label_ids)
+        number_labels(VALUES, label_ids)
     assert f"got {label_ids}" in str(caught.value)
 
 
@@ -72,7 +72,7 @@ def test_ill_formed_in_the_dictionary_transform(label_ids: list[int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_values_between_two_numbers_are_refused(value: float, dtype: torch.dtype) -> None:
     label = torch.tensor([0, 1, value, 2], dtype=dtype)
-    for select in (lambda: select_labels(label, [1, 2]), lambda: SelectLabelsd("a", [1, 2])({"a": label})):
+    for select in (lambda: number_labels(label, [1, 2]), lambda: SelectLabelsd("a", [1, 2])({"a": label})):
         with pytest.raises(ValueError, match=rf"whole numbers, got {value:g}"):
             select()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .adaptive_conv import cluster_adaptive_conv
-from .kmeans import KMeans, kmeans
-from .warp import compose, exponential, invert, reference_grid, warp
+from .clustering import KMeans, kmeans
+from .fields import compose, exponential, invert, reference_grid, warp
 
 __all__ = [
     "KMeans",
