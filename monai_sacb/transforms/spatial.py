@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResampleToMatch, SpatialPad, Transform
 from monai.utils import ensure_tuple, ensure_tuple_rep
 
-from monai_sacb.networks.layers import compose, warp
+from monai_sacb.networks.layers import compose, reference_grid, warp
 from monai_sacb.utils import plain_tensor
 
 __all__ = [
@@ -231,8 +231,7 @@ def ddf_to_displacement(ddf: torch.Tensor, fixed_affine: torch.Tensor, moving_af
     """
     if ddf.dim() != 4 or ddf.shape[0] != 3:
         raise ValueError(f"ddf must have shape (3, D, H, W), got {list(ddf.shape)}.")
-    axes = [torch.arange(size, dtype=torch.float64, device=ddf.device) for size in ddf.shape[1:]]
-    voxels = torch.stack(torch.meshgrid(axes, indexing="ij"))
+    voxels = reference_grid(list(ddf.shape[1:]), ddf.device).double()
     fixed, moving = (torch.as_tensor(a, dtype=torch.float64, device=ddf.device) for a in (fixed_affine, moving_affine))
     partner = torch.einsum("ij,jdhw->idhw", moving[:3, :3], voxels + ddf) + moving[:3, 3].view(3, 1, 1, 1)
     place = torch.einsum("ij,jdhw->idhw", fixed[:3, :3], voxels) + fixed[:3, 3].view(3, 1, 1, 1)
