@@ -38,13 +38,14 @@ def unwrapped_state(network: nn.Module) -> dict[str, torch.Tensor]:
     return dict(unwrapped(network).state_dict())
 
 
-def check_weights(network: nn.Module, state: Any, path: str | os.PathLike[str]) -> None:
-    """Refuse with a sentence what is not a state dict of this network, whichever file it came from."""
+def _load_state(network: nn.Module, state: Any, path: str | os.PathLike[str]) -> None:
+    """Load a state dict, strictly; refuse with a sentence what is not one of this network, whatever file it is from."""
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"'{path}' is not a state dict of tensors.")
     difference = compare_states(unwrapped_state(network), state)
     if difference is not None:
         raise ValueError(f"'{path}' holds the weights of another network: {difference}.")
+    unwrapped(network).load_state_dict(state)
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -62,8 +63,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     state = read_checkpoint(path)
     if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
         state = state["network"]
-    check_weights(network, state, path)
-    unwrapped(network).load_state_dict(state)
+    _load_state(network, state, path)
 
 
 class LoadWeights:
@@ -225,8 +225,7 @@ class TrainingCheckpoint:
                 f"'{self.path}' has epochs of {state['epoch_length']} iterations, this training of "
                 f"{engine.state.epoch_length}."
             )
-        check_weights(self.network, state["network"], self.path)
-        unwrapped(self.network).load_state_dict(state["network"])
+        _load_state(self.network, state["network"], self.path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
             self._restore_schedule(self.lr_scheduler, state["lr_scheduler"])
