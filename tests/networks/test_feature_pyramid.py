@@ -100,9 +100,9 @@ def test_constant_image_stays_finite() -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 @torch.no_grad()
-def test_script(dims: int) -> None:
+def test_script(dims: int, relative_error) -> None:
     encoder, image = make_encoder(dims), image_of(2, 1, (32,) * dims)
-    assert all(torch.equal(a, b) for a, b in zip(torch.jit.script(encoder)(image), encoder(image)))
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(torch.jit.script(encoder)(image), encoder(image)))
 
 
 def test_gradient_reaches_every_level() -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from monai.networks.blocks import Convolution
-
-from monai_sacb.networks.blocks.sacb_block import SACBlock, conv_norm_act
+from monai_sacb.networks.blocks.conv_norm_act import ConvNormAct, SameConv
+from monai_sacb.networks.blocks.sacb_block import SACBlock
 from monai_sacb.networks.blocks.similarity_matching import SimilarityMatching
 from monai_sacb.networks.layers import compose, warp
 
@@ -69,13 +68,13 @@ class ConvFlowEstimator(nn.Module):
     def __init__(self, channels: int, spatial_dims: int = 3, negative_slope: float = 0.1) -> None:
         super().__init__()
         self.refine = nn.Sequential(
-            conv_norm_act(spatial_dims, channels, channels, negative_slope),
-            conv_norm_act(spatial_dims, channels, channels, negative_slope),
+            ConvNormAct(spatial_dims, channels, channels, negative_slope),
+            ConvNormAct(spatial_dims, channels, channels, negative_slope),
         )
         self.flow = nn.Sequential(
-            conv_norm_act(spatial_dims, 2 * channels, channels, negative_slope),
-            conv_norm_act(spatial_dims, channels, channels, negative_slope),
-            Convolution(spatial_dims, channels, spatial_dims, kernel_size=3, conv_only=True),
+            ConvNormAct(spatial_dims, 2 * channels, channels, negative_slope),
+            ConvNormAct(spatial_dims, channels, channels, negative_slope),
+            SameConv(spatial_dims, channels, spatial_dims),
         )
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,38 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from monai.networks.blocks import Convolution
-
+from monai_sacb.networks.blocks.conv_norm_act import ConvNormAct
 from monai_sacb.networks.layers import KMeans, cluster_adaptive_conv
 from monai_sacb.networks.layers.neighborhood import pad_spatial
 
-__all__ = ["SACBlock", "conv_norm_act"]
+__all__ = ["SACBlock"]
 
 # widths of the two small networks that turn a centroid into gates and a bias (SACB-Net, section 3)
 GATE_WIDTH = 128
 BIAS_WIDTH = 64
-
-
-def conv_norm_act(spatial_dims: int, in_channels: int, out_channels: int, negative_slope: float) -> Convolution:
-    """
-    Convolution of window 3 with bias, instance norm and LeakyReLU, the unit that the whole network is made of.
-
-    Raises:
-        ValueError: When ``spatial_dims`` is not 2 or 3, or a number of channels is below 1.
-    """
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-    if min(in_channels, out_channels) < 1:
-        raise ValueError(f"channels must be at least 1, got {in_channels} in and {out_channels} out.")
-    return Convolution(
-        spatial_dims,
-        in_channels,
-        out_channels,
-        kernel_size=3,
-        adn_ordering="NA",
-        act=("leakyrelu", {"negative_slope": negative_slope}),
-        norm="instance",
-    )
 
 
 def _mlp(in_features: int, width: int, out_features: int) -> nn.Sequential:
@@ -96,7 +73,7 @@ class SACBlock(nn.Module):
         num_taps = 3**spatial_dims
         self.channels = channels
         self.spatial_dims = spatial_dims
-        self.proj_in = conv_norm_act(spatial_dims, channels, channels, negative_slope)
+        self.proj_in = ConvNormAct(spatial_dims, channels, channels, negative_slope)
         self.clusterer = KMeans(num_clusters)
         self.gate_mlp = _mlp(channels, GATE_WIDTH, num_taps)
         self.bias_mlp = _mlp(channels, BIAS_WIDTH, channels)

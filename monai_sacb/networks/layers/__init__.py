@@ -5,12 +5,14 @@ from __future__ import annotations
 from .adaptive_conv import cluster_adaptive_conv
 from .clustering import KMeans, kmeans
 from .fields import compose, exponential, invert, reference_grid, warp
+from .norm_act import instance_norm_leaky_relu
 
 __all__ = [
     "KMeans",
     "cluster_adaptive_conv",
     "compose",
     "exponential",
+    "instance_norm_leaky_relu",
     "invert",
     "kmeans",
     "reference_grid",

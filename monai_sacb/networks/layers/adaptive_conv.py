@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from monai_sacb.networks.layers.neighborhood import pad_spatial, shifted, window_offsets
 
 __all__ = ["cluster_adaptive_conv"]
+
+# windows that are gathered at a time: a few megabytes, the second level of a CPU's cache
+CHUNK_ELEMENTS = 2**19
 
 
 def _forward(
@@ -29,8 +34,11 @@ def _forward(
     return y.view([batch, weight.shape[0]] + spatial)
 
 
-class _ClusterAdaptiveConv(torch.autograd.Function):
-    """Keeps the input, not its 27 gated copies, for the backward pass."""
+class _TapwiseConv(torch.autograd.Function):
+    """One tap after the other: no index arithmetic and no value that the host must know. For devices other than a CPU.
+
+    Keeps the input, not its gated copies, for the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -71,6 +79,129 @@ class _ClusterAdaptiveConv(torch.autograd.Function):
         grad_x = shifted(grad_padded, [kernel // 2] * len(spatial), spatial).contiguous()
         grad_bias = torch.bmm(member, grad_y.transpose(1, 2))
         return grad_x, grad_weight, grad_gates, grad_bias, None, None
+
+
+class _Windows:
+    """The window of every voxel as one row, ``(n, taps * C)``, for any selection of voxels.
+
+    The image lies padded and channels-last in memory, so that the taps along the last axis are one run of numbers.
+    """
+
+    def __init__(self, spatial_shape: list[int], kernel: int, device: torch.device) -> None:
+        self.kernel, self.spatial_shape = kernel, spatial_shape
+        self.corner = torch.zeros([1] * len(spatial_shape), dtype=torch.long, device=device)
+        self.runs = torch.zeros(1, dtype=torch.long, device=device)
+        stride = 1
+        for axis in range(len(spatial_shape) - 1, -1, -1):
+            shape = [1] * len(spatial_shape)
+            shape[axis] = -1
+            self.corner = self.corner + torch.arange(spatial_shape[axis], device=device).view(shape) * stride
+            if axis < len(spatial_shape) - 1:
+                steps = torch.arange(kernel, device=device) * stride
+                self.runs = (steps.unsqueeze(1) + self.runs).flatten()
+            stride *= spatial_shape[axis] + kernel - 1
+        self.corner = self.corner.flatten()
+        self.taps = (self.runs.unsqueeze(1) + torch.arange(kernel, device=device)).flatten()
+        # from the corner of the window to its middle
+        self.middle = int(self.taps[self.taps.numel() // 2])
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """``(C, *spatial)`` as rows ``(padded voxels, C)``."""
+        width = self.kernel // 2
+        return F.pad(x.movedim(0, -1), [0, 0] + [width, width] * len(self.spatial_shape)).flatten(0, -2).contiguous()
+
+    def rows(self, padded: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+        channels = padded.shape[1]
+        runs = padded.as_strided(
+            [padded.shape[0] - self.kernel + 1, self.kernel * channels], [channels, 1], padded.storage_offset()
+        )
+        index = (corner.unsqueeze(1) + self.runs).flatten()
+        return runs.index_select(0, index).view(corner.numel(), -1)
+
+
+def _members(labels: torch.Tensor, num_clusters: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The voxels of every cluster, at most ``size`` at a time."""
+    lowest, highest = (int(value) for value in labels.aminmax())
+    if lowest < 0 or highest >= num_clusters:
+        raise ValueError(f"labels must lie in [0, {num_clusters}), got {lowest if lowest < 0 else highest}.")
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels, minlength=num_clusters).tolist()
+    for cluster, voxels in enumerate(order.split(counts)):
+        for part in voxels.split(size):
+            if part.numel() > 0:
+                yield cluster, part
+
+
+class _GroupedConv(torch.autograd.Function):
+    """One matrix product per cluster, over the windows of its voxels: the arithmetic of one plain convolution.
+
+    The windows are gathered a few thousand voxels at a time, so that they stay in the cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        gates: torch.Tensor,
+        bias: torch.Tensor,
+        labels: torch.Tensor,
+        kernel: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, gates, labels)
+        ctx.kernel = kernel
+        (batch, channels), spatial, out_channels = x.shape[:2], list(x.shape[2:]), weight.shape[0]
+        windows = _Windows(spatial, kernel, x.device)
+        size = max(16, CHUNK_ELEMENTS // (weight.shape[2] * channels))
+        taps = weight.permute(2, 1, 0)
+        y = x.new_empty([batch, labels.shape[1], out_channels])
+        for i in range(batch):
+            padded = windows.pad(x[i])
+            gated = (gates[i].unsqueeze(2).unsqueeze(3) * taps).flatten(1, 2)
+            for cluster, voxels in _members(labels[i], gates.shape[1], size):
+                rows = windows.rows(padded, windows.corner[voxels])
+                y[i].index_copy_(0, voxels, torch.addmm(bias[i, cluster], rows, gated[cluster]))
+        return y.unflatten(1, spatial).movedim(-1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, gates, labels = ctx.saved_tensors
+        (batch, channels), spatial = x.shape[:2], list(x.shape[2:])
+        out_channels, num_taps = weight.shape[0], weight.shape[2]
+        windows = _Windows(spatial, ctx.kernel, x.device)
+        size = max(16, CHUNK_ELEMENTS // (num_taps * max(channels, out_channels)))
+        taps = weight.permute(2, 1, 0)
+        mirrored = weight.flip(2).permute(2, 0, 1).reshape(num_taps * out_channels, channels)
+        mirrored_gates = gates.flip(2)
+        grad_taps = torch.zeros_like(taps)
+        grad_gates = torch.empty_like(gates)
+        grad_bias = gates.new_zeros([batch, gates.shape[1], out_channels])
+        grad_x = x.new_empty([batch, labels.shape[1], channels])
+        for i in range(batch):
+            padded, padded_grad = windows.pad(x[i]), windows.pad(grad_y[i])
+            # of every cluster, the sum over its voxels of window times gradient: the gradients of weight and gates are
+            # sums over it
+            products = gates.new_zeros([gates.shape[1], num_taps * channels, out_channels])
+            for cluster, voxels in _members(labels[i], gates.shape[1], size):
+                corner = windows.corner[voxels]
+                rows = padded_grad.index_select(0, corner + windows.middle)
+                products[cluster].addmm_(windows.rows(padded, corner).t(), rows)
+                grad_bias[i, cluster] += rows.sum(0)
+            products = products.unflatten(1, [num_taps, channels])
+            grad_taps += (products * gates[i].unsqueeze(2).unsqueeze(3)).sum(0)
+            grad_gates[i] = (products * taps).sum([2, 3])
+            # a convolution of the gradient whose taps are gated by the cluster of the voxel that they come from
+            width = ctx.kernel // 2
+            padded_labels = F.pad(labels[i].view(spatial), [width, width] * len(spatial)).flatten()
+            flat_gates = mirrored_gates[i].flatten()
+            positions = padded_labels * num_taps
+            tap_index = torch.arange(num_taps, device=x.device)
+            for corner, part in zip(windows.corner.split(size), grad_x[i].split(size)):
+                gate = flat_gates.take(positions.take(corner.unsqueeze(1) + windows.taps).add_(tap_index))
+                rows = windows.rows(padded_grad, corner).view(-1, num_taps, out_channels).mul_(gate.unsqueeze(2))
+                torch.mm(rows.flatten(1), mirrored, out=part)
+        return grad_x.unflatten(1, spatial).movedim(-1, 1), grad_taps.permute(2, 1, 0), grad_gates, grad_bias, None, None
 
 
 def cluster_adaptive_conv(
@@ -127,9 +258,8 @@ def cluster_adaptive_conv(
     if torch.jit.is_scripting():
         return _forward(x, weight, gates, bias, labels, kernel_size)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        # a trace cannot hold a Python function
-        if torch.jit.is_tracing() or not torch.is_grad_enabled():
-            y = _forward(x, weight, gates, bias, labels, kernel_size)
-        else:
-            y = _ClusterAdaptiveConv.apply(x, weight, gates, bias, labels, kernel_size)
-    return y
+        # a trace cannot hold a Python function, nor sizes that depend on the labels
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return _forward(x, weight, gates, bias, labels, kernel_size)
+        function = _GroupedConv if x.is_cpu else _TapwiseConv
+        return function.apply(x, weight, gates, bias, labels, kernel_size)

@@ -7,7 +7,7 @@ from torch import nn
 
 from monai.networks.layers.factories import Pool
 
-from monai_sacb.networks.blocks.sacb_block import conv_norm_act
+from monai_sacb.networks.blocks import ConvNormAct
 
 __all__ = ["FeaturePyramidEncoder"]
 
@@ -41,17 +41,17 @@ class FeaturePyramidEncoder(nn.Module):
         c = base_channels
         self.channels = (2 * c, 4 * c, 8 * c, 16 * c, 16 * c)
         level1 = nn.Sequential(
-            conv_norm_act(spatial_dims, in_channels, c, negative_slope),
-            conv_norm_act(spatial_dims, c, 2 * c, negative_slope),
-            conv_norm_act(spatial_dims, 2 * c, 2 * c, negative_slope),
+            ConvNormAct(spatial_dims, in_channels, c, negative_slope),
+            ConvNormAct(spatial_dims, c, 2 * c, negative_slope),
+            ConvNormAct(spatial_dims, 2 * c, 2 * c, negative_slope),
         )
         self.levels = nn.ModuleList([level1])
         for finer, channels in zip(self.channels[:-1], self.channels[1:]):
             self.levels.append(
                 nn.Sequential(
                     Pool[Pool.AVG, spatial_dims](2),
-                    conv_norm_act(spatial_dims, finer, channels, negative_slope),
-                    conv_norm_act(spatial_dims, channels, channels, negative_slope),
+                    ConvNormAct(spatial_dims, finer, channels, negative_slope),
+                    ConvNormAct(spatial_dims, channels, channels, negative_slope),
                 )
             )
 
