@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_sacb.networks.layers import adaptive_conv, cluster_adaptive_conv
+from monai_sacb.networks.layers import adaptive_conv, cluster_adaptive_conv, neighborhood
 
 # batch, input channels, output channels, spatial shape, clusters, window, type
 TEST_CASES = [
@@ -66,7 +66,7 @@ def by_definition(
 def operator(request, monkeypatch) -> None:
     """Every way in which the result can be computed."""
     if request.param == "a few voxels at a time":
-        monkeypatch.setattr(adaptive_conv, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(neighborhood, "CHUNK_ELEMENTS", 1)
     elif request.param == "tapwise":
         monkeypatch.setattr(adaptive_conv, "_GroupedConv", adaptive_conv._TapwiseConv)
 

@@ -150,11 +150,11 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("shape", "window"), [((2, 3, 5, 6), 3), ((1, 2, 4, 5, 3), 3), ((1, 2, 6, 6), 5)])
-def test_script(shape: tuple[int, ...], window: int) -> None:
+def test_script(shape: tuple[int, ...], window: int, relative_error) -> None:
     moving, fixed = features(shape, torch.float32)
     matching = SimilarityMatching(window)
     flow = torch.jit.script(matching)(moving, fixed)
-    assert torch.equal(flow, matching(moving, fixed)) and flow.abs().max() > 0
+    assert relative_error(flow, matching(moving, fixed)) < 1e-5
 
 
 @pytest.mark.parametrize("window", ILL_WINDOWS)

@@ -2,12 +2,97 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from monai_sacb.networks.layers.neighborhood import pad_spatial, shifted, window_offsets
+from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
 
 __all__ = ["SimilarityMatching"]
+
+
+def _expected_offset(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+    """One offset after the other over the whole map, which can be scripted and exported and suits a GPU."""
+    spatial = list(fixed.shape[2:])
+    dims = len(spatial)
+    radius = window // 2
+    padded = pad_spatial(moving, radius)
+    offsets = window_offsets(dims, window)
+    scores = torch.cat([(fixed * shifted(padded, offset, spatial)).sum(1, keepdim=True) for offset in offsets], 1)
+    # a field in half precision is off by tenths of a voxel
+    weights = scores.softmax(1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    displacement: list[torch.Tensor] = []
+    for axis in range(dims):
+        expected = torch.zeros_like(weights[:, 0])
+        for tap, offset in enumerate(offsets):
+            step = offset[axis] - radius
+            if step != 0:
+                expected = expected + step * weights[:, tap]
+        displacement.append(expected)
+    return torch.stack(displacement, 1)
+
+
+def _match(
+    windows: Windows, padded: torch.Tensor, corner: torch.Tensor, fixed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows ``(n, taps, C)`` and softmax weights ``(n, taps)`` of voxels whose features are ``fixed (n, C)``."""
+    taps = windows.rows(padded, corner).view(corner.numel(), windows.num_taps, -1)
+    return taps, torch.bmm(taps, fixed.unsqueeze(2)).squeeze(2).softmax(1)
+
+
+class _ExpectedOffset(torch.autograd.Function):
+    """A few thousand voxels after the other, whose windows stay in the cache; keeps the two maps and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+        ctx.save_for_backward(moving, fixed)
+        ctx.window = window
+        spatial = list(fixed.shape[2:])
+        windows = Windows(spatial, window, fixed.device)
+        size = windows.chunk_size(fixed.shape[1])
+        steps = torch.tensor(window_offsets(len(spatial), window), dtype=fixed.dtype, device=fixed.device) - window // 2
+        ddf = fixed.new_empty([fixed.shape[0], windows.corner.numel(), len(spatial)])
+        for i in range(fixed.shape[0]):
+            padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
+            for corner, part, out in zip(windows.corner.split(size), rows.split(size), ddf[i].split(size)):
+                torch.mm(_match(windows, padded, corner, part)[1], steps, out=out)
+        return ddf.transpose(1, 2).unflatten(2, spatial)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ddf: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        moving, fixed = ctx.saved_tensors
+        spatial = list(fixed.shape[2:])
+        windows = Windows(spatial, ctx.window, fixed.device)
+        num_taps, channels = windows.num_taps, fixed.shape[1]
+        size = windows.chunk_size(channels)
+        offsets = window_offsets(len(spatial), ctx.window)
+        steps = torch.tensor(offsets, dtype=fixed.dtype, device=fixed.device) - ctx.window // 2
+        mirrored = torch.arange(num_taps - 1, -1, -1, device=fixed.device)
+        grad_moving, grad_fixed = (
+            fixed.new_empty([fixed.shape[0], windows.corner.numel(), channels]) for _ in range(2)
+        )
+        grad_scores = fixed.new_empty([windows.corner.numel(), num_taps])
+        for i in range(fixed.shape[0]):
+            padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
+            grad_rows = grad_ddf[i].flatten(1).t()
+            for corner, part, grad, scores, out in zip(
+                *(t.split(size) for t in (windows.corner, rows, grad_rows, grad_scores, grad_fixed[i]))
+            ):
+                taps, weights = _match(windows, padded, corner, part)
+                slope = grad @ steps.t()
+                torch.mul(weights, slope - (weights * slope).sum(1, keepdim=True), out=scores)
+                torch.bmm(scores.unsqueeze(1), taps, out=out.unsqueeze(1))
+            # seen from a voxel of the moving map, the tap that leads to it from a neighbor is the mirrored one
+            padded_scores = windows.pad(grad_scores.t().unflatten(1, spatial)).flatten()
+            padded = windows.pad(fixed[i])
+            for corner, out in zip(windows.corner.split(size), grad_moving[i].split(size)):
+                taps = windows.rows(padded, corner).view(corner.numel(), num_taps, channels)
+                index = windows.positions(corner) * num_taps + mirrored
+                torch.bmm(padded_scores.take(index).unsqueeze(1), taps, out=out.unsqueeze(1))
+        return (*(t.transpose(1, 2).unflatten(2, spatial) for t in (grad_moving, grad_fixed)), None)
 
 
 class SimilarityMatching(nn.Module):
@@ -50,20 +135,10 @@ class SimilarityMatching(nn.Module):
                 f"moving and fixed features must have one shape (B, C, *spatial), got {list(moving.shape)} and "
                 f"{list(fixed.shape)}."
             )
-        spatial = list(fixed.shape[2:])
-        dims = len(spatial)
-        radius = self.window // 2
-        padded = pad_spatial(moving, radius)
-        offsets = window_offsets(dims, self.window)
-        scores = torch.cat([(fixed * shifted(padded, offset, spatial)).sum(1, keepdim=True) for offset in offsets], 1)
-        # a field in half precision is off by tenths of a voxel
-        weights = scores.softmax(1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-        displacement: list[torch.Tensor] = []
-        for axis in range(dims):
-            expected = torch.zeros_like(weights[:, 0])
-            for tap, offset in enumerate(offsets):
-                step = offset[axis] - radius
-                if step != 0:
-                    expected = expected + step * weights[:, tap]
-            displacement.append(expected)
-        return torch.stack(displacement, 1)
+        if not torch.jit.is_scripting():
+            plain = torch.jit.is_tracing() or torch.compiler.is_compiling()
+            if fixed.is_cpu and not plain and fixed.dim() > 3:
+                dtype = torch.float64 if fixed.dtype == torch.float64 else torch.float32
+                with torch.autocast("cpu", enabled=False):
+                    return _ExpectedOffset.apply(moving.to(dtype), fixed.to(dtype), self.window)
+        return _expected_offset(moving, fixed, self.window)

@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from monai_sacb.networks.layers.neighborhood import pad_spatial, shifted, window_offsets
+from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
 
 __all__ = ["cluster_adaptive_conv"]
-
-# windows that are gathered at a time: a few megabytes, the second level of a CPU's cache
-CHUNK_ELEMENTS = 2**19
 
 
 def _forward(
@@ -81,44 +77,6 @@ class _TapwiseConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_gates, grad_bias, None, None
 
 
-class _Windows:
-    """The window of every voxel as one row, ``(n, taps * C)``, for any selection of voxels.
-
-    The image lies padded and channels-last in memory, so that the taps along the last axis are one run of numbers.
-    """
-
-    def __init__(self, spatial_shape: list[int], kernel: int, device: torch.device) -> None:
-        self.kernel, self.spatial_shape = kernel, spatial_shape
-        self.corner = torch.zeros([1] * len(spatial_shape), dtype=torch.long, device=device)
-        self.runs = torch.zeros(1, dtype=torch.long, device=device)
-        stride = 1
-        for axis in range(len(spatial_shape) - 1, -1, -1):
-            shape = [1] * len(spatial_shape)
-            shape[axis] = -1
-            self.corner = self.corner + torch.arange(spatial_shape[axis], device=device).view(shape) * stride
-            if axis < len(spatial_shape) - 1:
-                steps = torch.arange(kernel, device=device) * stride
-                self.runs = (steps.unsqueeze(1) + self.runs).flatten()
-            stride *= spatial_shape[axis] + kernel - 1
-        self.corner = self.corner.flatten()
-        self.taps = (self.runs.unsqueeze(1) + torch.arange(kernel, device=device)).flatten()
-        # from the corner of the window to its middle
-        self.middle = int(self.taps[self.taps.numel() // 2])
-
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """``(C, *spatial)`` as rows ``(padded voxels, C)``."""
-        width = self.kernel // 2
-        return F.pad(x.movedim(0, -1), [0, 0] + [width, width] * len(self.spatial_shape)).flatten(0, -2).contiguous()
-
-    def rows(self, padded: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
-        channels = padded.shape[1]
-        runs = padded.as_strided(
-            [padded.shape[0] - self.kernel + 1, self.kernel * channels], [channels, 1], padded.storage_offset()
-        )
-        index = (corner.unsqueeze(1) + self.runs).flatten()
-        return runs.index_select(0, index).view(corner.numel(), -1)
-
-
 def _members(labels: torch.Tensor, num_clusters: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The voxels of every cluster, at most ``size`` at a time."""
     lowest, highest = (int(value) for value in labels.aminmax())
@@ -151,8 +109,8 @@ class _GroupedConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, gates, labels)
         ctx.kernel = kernel
         (batch, channels), spatial, out_channels = x.shape[:2], list(x.shape[2:]), weight.shape[0]
-        windows = _Windows(spatial, kernel, x.device)
-        size = max(16, CHUNK_ELEMENTS // (weight.shape[2] * channels))
+        windows = Windows(spatial, kernel, x.device)
+        size = windows.chunk_size(channels)
         taps = weight.permute(2, 1, 0)
         y = x.new_empty([batch, labels.shape[1], out_channels])
         for i in range(batch):
@@ -169,8 +127,8 @@ class _GroupedConv(torch.autograd.Function):
         x, weight, gates, labels = ctx.saved_tensors
         (batch, channels), spatial = x.shape[:2], list(x.shape[2:])
         out_channels, num_taps = weight.shape[0], weight.shape[2]
-        windows = _Windows(spatial, ctx.kernel, x.device)
-        size = max(16, CHUNK_ELEMENTS // (num_taps * max(channels, out_channels)))
+        windows = Windows(spatial, ctx.kernel, x.device)
+        size = windows.chunk_size(max(channels, out_channels))
         taps = weight.permute(2, 1, 0)
         mirrored = weight.flip(2).permute(2, 0, 1).reshape(num_taps * out_channels, channels)
         mirrored_gates = gates.flip(2)
@@ -192,13 +150,10 @@ class _GroupedConv(torch.autograd.Function):
             grad_taps += (products * gates[i].unsqueeze(2).unsqueeze(3)).sum(0)
             grad_gates[i] = (products * taps).sum([2, 3])
             # a convolution of the gradient whose taps are gated by the cluster of the voxel that they come from
-            width = ctx.kernel // 2
-            padded_labels = F.pad(labels[i].view(spatial), [width, width] * len(spatial)).flatten()
-            flat_gates = mirrored_gates[i].flatten()
-            positions = padded_labels * num_taps
+            positions = windows.pad(labels[i].view([1] + spatial)) * num_taps
             tap_index = torch.arange(num_taps, device=x.device)
             for corner, part in zip(windows.corner.split(size), grad_x[i].split(size)):
-                gate = flat_gates.take(positions.take(corner.unsqueeze(1) + windows.taps).add_(tap_index))
+                gate = mirrored_gates[i].take(windows.rows(positions, corner).add_(tap_index))
                 rows = windows.rows(padded_grad, corner).view(-1, num_taps, out_channels).mul_(gate.unsqueeze(2))
                 torch.mm(rows.flatten(1), mirrored, out=part)
         return grad_x.unflatten(1, spatial).movedim(-1, 1), grad_taps.permute(2, 1, 0), grad_gates, grad_bias, None, None

@@ -7,7 +7,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["pad_spatial", "shifted", "window_offsets"]
+__all__ = ["Windows", "pad_spatial", "shifted", "window_offsets"]
+
+# windows that are gathered at a time: a few megabytes, the second level of a CPU's cache
+CHUNK_ELEMENTS = 2**19
 
 
 def window_offsets(spatial_dims: int, window: int) -> list[list[int]]:
@@ -35,3 +38,51 @@ def shifted(padded: torch.Tensor, offset: list[int], spatial_shape: list[int]) -
     for axis, (start, size) in enumerate(zip(offset, spatial_shape)):
         padded = padded.narrow(axis + 2, start, size)
     return padded
+
+
+class Windows:
+    """The window of every voxel as one row, ``(n, taps * C)``, for any selection of voxels.
+
+    The image lies padded and channels-last in memory, so that the taps along the last axis are one run of numbers.
+    """
+
+    def __init__(self, spatial_shape: list[int], kernel: int, device: torch.device) -> None:
+        self.kernel, self.spatial_shape = kernel, spatial_shape
+        self.corner = torch.zeros([1] * len(spatial_shape), dtype=torch.long, device=device)
+        self.runs = torch.zeros(1, dtype=torch.long, device=device)
+        stride = 1
+        for axis in range(len(spatial_shape) - 1, -1, -1):
+            shape = [1] * len(spatial_shape)
+            shape[axis] = -1
+            self.corner = self.corner + torch.arange(spatial_shape[axis], device=device).view(shape) * stride
+            if axis < len(spatial_shape) - 1:
+                steps = torch.arange(kernel, device=device) * stride
+                self.runs = (steps.unsqueeze(1) + self.runs).flatten()
+            stride *= spatial_shape[axis] + kernel - 1
+        self.corner = self.corner.flatten()
+        self.num_taps = kernel * self.runs.numel()
+        # from the corner of the window to its middle
+        self.middle = int(self.runs[self.runs.numel() // 2]) + kernel // 2
+
+    def chunk_size(self, channels: int) -> int:
+        """Number of voxels whose windows are to be gathered at a time."""
+        return max(16, CHUNK_ELEMENTS // (self.num_taps * channels))
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """``(C, *spatial)`` as rows ``(padded voxels, C)``."""
+        width = self.kernel // 2
+        return F.pad(x.movedim(0, -1), [0, 0] + [width, width] * len(self.spatial_shape)).flatten(0, -2).contiguous()
+
+    def rows(self, padded: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+        """The windows with the given corners, ``(n, taps * C)``, of what :py:meth:`pad` gives."""
+        channels = padded.shape[1]
+        runs = padded.as_strided(
+            [padded.shape[0] - self.kernel + 1, self.kernel * channels], [channels, 1], padded.storage_offset()
+        )
+        index = (corner.unsqueeze(1) + self.runs).flatten()
+        return runs.index_select(0, index).view(corner.numel(), -1)
+
+    def positions(self, corner: torch.Tensor) -> torch.Tensor:
+        """Which rows of what :py:meth:`pad` gives belong to the windows with the given corners, ``(n, taps)``."""
+        taps = (self.runs.unsqueeze(1) + torch.arange(self.kernel, device=corner.device)).flatten()
+        return corner.unsqueeze(1) + taps
