@@ -156,7 +156,14 @@ class _GroupedConv(torch.autograd.Function):
                 gate = mirrored_gates[i].take(windows.rows(positions, corner).add_(tap_index))
                 rows = windows.rows(padded_grad, corner).view(-1, num_taps, out_channels).mul_(gate.unsqueeze(2))
                 torch.mm(rows.flatten(1), mirrored, out=part)
-        return grad_x.unflatten(1, spatial).movedim(-1, 1), grad_taps.permute(2, 1, 0), grad_gates, grad_bias, None, None
+        return (
+            grad_x.unflatten(1, spatial).movedim(-1, 1),
+            grad_taps.permute(2, 1, 0),
+            grad_gates,
+            grad_bias,
+            None,
+            None,
+        )
 
 
 def cluster_adaptive_conv(
