@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from .bundle import find_bundle_root
 from .files import replacing
-from .tensors import plain_tensor, subject_name
+from .tensors import is_traced, plain_tensor, subject_name
 from .weights import compare_states, read_checkpoint
 
-__all__ = ["compare_states", "find_bundle_root", "plain_tensor", "read_checkpoint", "replacing", "subject_name"]
+__all__ = [
+    "compare_states",
+    "find_bundle_root",
+    "is_traced",
+    "plain_tensor",
+    "read_checkpoint",
+    "replacing",
+    "subject_name",
+]

@@ -9,7 +9,12 @@ import torch
 
 from monai.data import MetaTensor
 
-__all__ = ["plain_tensor", "subject_name"]
+__all__ = ["is_traced", "plain_tensor", "subject_name"]
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded: a recording holds no Python function, nor sizes that depend on data."""
+    return bool(torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
 def plain_tensor(x: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
+from monai_sacb.utils import is_traced
 
 __all__ = ["SimilarityMatching"]
 
@@ -52,7 +53,7 @@ class _ExpectedOffset(torch.autograd.Function):
         spatial = list(fixed.shape[2:])
         windows = Windows(spatial, window, fixed.device)
         size = windows.chunk_size(fixed.shape[1])
-        steps = torch.tensor(window_offsets(len(spatial), window), dtype=fixed.dtype, device=fixed.device) - window // 2
+        steps = windows.steps(fixed.dtype)
         ddf = fixed.new_empty([fixed.shape[0], windows.corner.numel(), len(spatial)])
         for i in range(fixed.shape[0]):
             padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
@@ -68,8 +69,7 @@ class _ExpectedOffset(torch.autograd.Function):
         windows = Windows(spatial, ctx.window, fixed.device)
         num_taps, channels = windows.num_taps, fixed.shape[1]
         size = windows.chunk_size(channels)
-        offsets = window_offsets(len(spatial), ctx.window)
-        steps = torch.tensor(offsets, dtype=fixed.dtype, device=fixed.device) - ctx.window // 2
+        steps = windows.steps(fixed.dtype)
         mirrored = torch.arange(num_taps - 1, -1, -1, device=fixed.device)
         grad_moving, grad_fixed = (
             fixed.new_empty([fixed.shape[0], windows.corner.numel(), channels]) for _ in range(2)
@@ -90,7 +90,7 @@ class _ExpectedOffset(torch.autograd.Function):
             padded = windows.pad(fixed[i])
             for corner, out in zip(windows.corner.split(size), grad_moving[i].split(size)):
                 taps = windows.rows(padded, corner).view(corner.numel(), num_taps, channels)
-                index = windows.positions(corner) * num_taps + mirrored
+                index = (corner.unsqueeze(1) + windows.taps) * num_taps + mirrored
                 torch.bmm(padded_scores.take(index).unsqueeze(1), taps, out=out.unsqueeze(1))
         return (*(t.transpose(1, 2).unflatten(2, spatial) for t in (grad_moving, grad_fixed)), None)
 
@@ -135,10 +135,10 @@ class SimilarityMatching(nn.Module):
                 f"moving and fixed features must have one shape (B, C, *spatial), got {list(moving.shape)} and "
                 f"{list(fixed.shape)}."
             )
-        if not torch.jit.is_scripting():
-            plain = torch.jit.is_tracing() or torch.compiler.is_compiling()
-            if fixed.is_cpu and not plain and fixed.dim() > 3:
-                dtype = torch.float64 if fixed.dtype == torch.float64 else torch.float32
-                with torch.autocast("cpu", enabled=False):
-                    return _ExpectedOffset.apply(moving.to(dtype), fixed.to(dtype), self.window)
-        return _expected_offset(moving, fixed, self.window)
+        if torch.jit.is_scripting():
+            return _expected_offset(moving, fixed, self.window)
+        if is_traced() or not fixed.is_cpu or fixed.dim() == 3:
+            return _expected_offset(moving, fixed, self.window)
+        dtype = torch.float64 if fixed.dtype == torch.float64 else torch.float32
+        with torch.autocast("cpu", enabled=False):
+            return _ExpectedOffset.apply(moving.to(dtype), fixed.to(dtype), self.window)

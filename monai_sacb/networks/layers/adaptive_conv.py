@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
+from monai_sacb.utils import is_traced
 
 __all__ = ["cluster_adaptive_conv"]
 
@@ -30,25 +31,19 @@ def _forward(
     return y.view([batch, weight.shape[0]] + spatial)
 
 
-class _TapwiseConv(torch.autograd.Function):
-    """One tap after the other: no index arithmetic and no value that the host must know. For devices other than a CPU.
-
-    Keeps the input, not its gated copies, for the backward pass.
-    """
+class _AdaptiveConv(torch.autograd.Function):
+    """Keeps the input, not its gated copies, for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        gates: torch.Tensor,
-        bias: torch.Tensor,
-        labels: torch.Tensor,
-        kernel: int,
-    ) -> torch.Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, gates, _, labels, ctx.kernel = inputs
         ctx.save_for_backward(x, weight, gates, labels)
-        ctx.kernel = kernel
-        return _forward(x, weight, gates, bias, labels, kernel)
+
+
+class _TapwiseConv(_AdaptiveConv):
+    """One tap after the other: no index arithmetic and no value that the host must know: for a GPU."""
+
+    forward = staticmethod(_forward)
 
     @staticmethod
     @once_differentiable
@@ -79,9 +74,6 @@ class _TapwiseConv(torch.autograd.Function):
 
 def _members(labels: torch.Tensor, num_clusters: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The voxels of every cluster, at most ``size`` at a time."""
-    lowest, highest = (int(value) for value in labels.aminmax())
-    if lowest < 0 or highest >= num_clusters:
-        raise ValueError(f"labels must lie in [0, {num_clusters}), got {lowest if lowest < 0 else highest}.")
     order = labels.argsort(stable=True)
     counts = torch.bincount(labels, minlength=num_clusters).tolist()
     for cluster, voxels in enumerate(order.split(counts)):
@@ -90,7 +82,7 @@ def _members(labels: torch.Tensor, num_clusters: int, size: int) -> Iterator[tup
                 yield cluster, part
 
 
-class _GroupedConv(torch.autograd.Function):
+class _GroupedConv(_AdaptiveConv):
     """One matrix product per cluster, over the windows of its voxels: the arithmetic of one plain convolution.
 
     The windows are gathered a few thousand voxels at a time, so that they stay in the cache.
@@ -98,7 +90,6 @@ class _GroupedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
         gates: torch.Tensor,
@@ -106,8 +97,10 @@ class _GroupedConv(torch.autograd.Function):
         labels: torch.Tensor,
         kernel: int,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, gates, labels)
-        ctx.kernel = kernel
+        num_clusters = gates.shape[1]
+        lowest, highest = (int(value) for value in labels.aminmax())
+        if lowest < 0 or highest >= num_clusters:
+            raise ValueError(f"labels must lie in [0, {num_clusters}), got {lowest if lowest < 0 else highest}.")
         (batch, channels), spatial, out_channels = x.shape[:2], list(x.shape[2:]), weight.shape[0]
         windows = Windows(spatial, kernel, x.device)
         size = windows.chunk_size(channels)
@@ -116,7 +109,7 @@ class _GroupedConv(torch.autograd.Function):
         for i in range(batch):
             padded = windows.pad(x[i])
             gated = (gates[i].unsqueeze(2).unsqueeze(3) * taps).flatten(1, 2)
-            for cluster, voxels in _members(labels[i], gates.shape[1], size):
+            for cluster, voxels in _members(labels[i], num_clusters, size):
                 rows = windows.rows(padded, windows.corner[voxels])
                 y[i].index_copy_(0, voxels, torch.addmm(bias[i, cluster], rows, gated[cluster]))
         return y.unflatten(1, spatial).movedim(-1, 1)
@@ -192,7 +185,7 @@ def cluster_adaptive_conv(
         ``(B, C_out, *spatial)``, differentiable once with respect to ``x``, ``weight``, ``gates`` and ``bias``.
 
     Raises:
-        ValueError: When the shapes do not belong together.
+        ValueError: When the shapes do not belong together, or (on a CPU) a label is not in ``[0, K)``.
 
     Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025, section 3.
     """
@@ -220,8 +213,7 @@ def cluster_adaptive_conv(
     if torch.jit.is_scripting():
         return _forward(x, weight, gates, bias, labels, kernel_size)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        # a trace cannot hold a Python function, nor sizes that depend on the labels
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_traced():
             return _forward(x, weight, gates, bias, labels, kernel_size)
         function = _GroupedConv if x.is_cpu else _TapwiseConv
         return function.apply(x, weight, gates, bias, labels, kernel_size)

@@ -1,6 +1,6 @@
 # Copyright (c) the monai_sacb contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers for operators that visit the neighbours of every voxel one offset at a time."""
+"""Helpers for operators on the neighbours of every voxel: all voxels one offset at a time, or some whole windows."""
 
 from __future__ import annotations
 
@@ -60,9 +60,10 @@ class Windows:
                 self.runs = (steps.unsqueeze(1) + self.runs).flatten()
             stride *= spatial_shape[axis] + kernel - 1
         self.corner = self.corner.flatten()
-        self.num_taps = kernel * self.runs.numel()
-        # from the corner of the window to its middle
-        self.middle = int(self.runs[self.runs.numel() // 2]) + kernel // 2
+        # from the corner of the window to each of its voxels, and to its middle
+        self.taps = (self.runs.unsqueeze(1) + torch.arange(kernel, device=device)).flatten()
+        self.num_taps = self.taps.numel()
+        self.middle = int(self.taps[self.num_taps // 2])
 
     def chunk_size(self, channels: int) -> int:
         """Number of voxels whose windows are to be gathered at a time."""
@@ -82,7 +83,7 @@ class Windows:
         index = (corner.unsqueeze(1) + self.runs).flatten()
         return runs.index_select(0, index).view(corner.numel(), -1)
 
-    def positions(self, corner: torch.Tensor) -> torch.Tensor:
-        """Which rows of what :py:meth:`pad` gives belong to the windows with the given corners, ``(n, taps)``."""
-        taps = (self.runs.unsqueeze(1) + torch.arange(self.kernel, device=corner.device)).flatten()
-        return corner.unsqueeze(1) + taps
+    def steps(self, dtype: torch.dtype) -> torch.Tensor:
+        """Where the voxels of a window lie, seen from its middle, ``(taps, d)``."""
+        offsets = window_offsets(len(self.spatial_shape), self.kernel)
+        return torch.tensor(offsets, dtype=dtype, device=self.taps.device) - self.kernel // 2

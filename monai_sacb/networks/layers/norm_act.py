@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from monai_sacb.utils import is_traced
+
 __all__ = ["instance_norm_leaky_relu"]
 
 
@@ -77,7 +79,7 @@ def instance_norm_leaky_relu(x: torch.Tensor, negative_slope: float = 0.1, eps: 
 
     Args:
         x: ``(B, C, *spatial)``, contiguous or channels-last.
-        negative_slope: slope of the activation for negative values; positive.
+        negative_slope: slope of the activation for negative values.
         eps: added to the variance.
 
     Returns:
@@ -86,8 +88,8 @@ def instance_norm_leaky_relu(x: torch.Tensor, negative_slope: float = 0.1, eps: 
     Source: Bulò et al., In-place activated BatchNorm for memory-optimized training of DNNs, CVPR 2018.
     """
     if not torch.jit.is_scripting():
-        plain = torch.jit.is_tracing() or torch.compiler.is_compiling() or negative_slope <= 0
-        in_place = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-        if in_place and not plain and x.dtype in (torch.float32, torch.float64) and not (x.is_leaf and x.requires_grad):
+        invertible = negative_slope > 0 and x.dtype in (torch.float32, torch.float64)
+        in_place = (x.is_contiguous() or x.movedim(1, -1).is_contiguous()) and not (x.is_leaf and x.requires_grad)
+        if invertible and in_place and not is_traced():
             return _InstanceNormLeakyReLU.apply(x, negative_slope, eps)
     return F.leaky_relu(F.instance_norm(x, eps=eps), negative_slope)
