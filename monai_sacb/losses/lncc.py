@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.loss import _Loss
 
 from monai.utils import LossReduction
@@ -11,16 +14,90 @@ from monai.utils import LossReduction
 __all__ = ["LNCCLoss"]
 
 
+def _line_sum(x: torch.Tensor, kernel_size: int, axis: int) -> torch.Tensor:
+    """Sums of ``kernel_size`` successive values along an axis, zeros outside, by sums of 1, 2, 4, ... values."""
+    size = x.shape[axis]
+    padding = [0] * (2 * (x.dim() - axis))
+    padding[-2:] = [kernel_size // 2] * 2
+    part = F.pad(x, padding)
+    total: torch.Tensor | None = None
+    start, span = 0, 1
+    while span <= kernel_size:
+        if kernel_size & span:
+            piece = part.narrow(axis, start, size)
+            total = piece if total is None else total + piece
+            start += span
+        span *= 2
+        if span <= kernel_size:
+            length = part.shape[axis] - span // 2
+            part = part.narrow(axis, 0, length) + part.narrow(axis, span // 2, length)
+    assert total is not None  # for the type checker: an odd number has its lowest bit
+    return total
+
+
 def _window_sum(x: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """Sum over the cubic window around every voxel, zeros outside, one axis after the other."""
-    dims = x.dim() - 2
-    pool = F.avg_pool3d if dims == 3 else F.avg_pool2d
-    x = F.pad(x, [kernel_size // 2] * (2 * dims))
-    for axis in range(dims):
-        window = [1] * dims
-        window[axis] = kernel_size
-        x = pool(x, window, stride=1)
-    return x * float(kernel_size**dims)
+    for axis in range(2, x.dim()):
+        x = _line_sum(x, kernel_size, axis)
+    return x
+
+
+class _LocalCorrelation(torch.autograd.Function):
+    """Map of the squared local correlation of two images, negative; keeps five maps for the gradient, or eight."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: torch.Tensor, target: torch.Tensor, kernel_size: int, smooth: float) -> torch.Tensor:
+        volume = float(kernel_size ** (pred.dim() - 2))
+        # Around their means the images lose no digits in the squares. The zeros outside the image are not part of
+        # what is shifted: where a window reaches out, only "inside" of its voxels are, and a term makes up for it.
+        spatial = list(range(2, pred.dim()))
+        shift_p, shift_t = pred.mean(spatial, keepdim=True), target.mean(spatial, keepdim=True)
+        pred, target = pred - shift_p, target - shift_t
+        inside = _window_sum(torch.ones_like(pred[:1, :1]), kernel_size)
+        outside = 1 - inside / volume
+        sum_p, sum_t = _window_sum(pred, kernel_size), _window_sum(target, kernel_size)
+        # sum((p - mean_p) * (t - mean_t)) = sum(p * t) - sum(p) * sum(t) / volume, and likewise the variances,
+        # which rounding must not make negative
+        cross = _window_sum(pred * target, kernel_size).sub_(sum_p * sum_t / volume)
+        cross += outside * (shift_t * sum_p + shift_p * sum_t + shift_p * shift_t * inside)
+        var_p = _window_sum(pred * pred, kernel_size).sub_(sum_p * sum_p / volume)
+        var_p = var_p.add_(outside * shift_p * (2 * sum_p + shift_p * inside)).clamp_(min=0)
+        var_t = _window_sum(target * target, kernel_size).sub_(sum_t * sum_t / volume)
+        var_t = var_t.add_(outside * shift_t * (2 * sum_t + shift_t * inside)).clamp_(min=0)
+        scale = (var_p * var_t).add_(smooth).reciprocal_()
+        ncc = -(cross * cross * scale)
+        if any(ctx.needs_input_grad[:2]):
+            # nothing to gain where rounding has led out of the range
+            slope = torch.where(ncc >= -1, -2 * cross * scale, 0)
+            curve = 0.5 * slope * cross * scale
+            grad_p, grad_t = -curve * var_t * (var_p > 0), -curve * var_p * (var_t > 0)
+            # the mean over a window, the zeros outside the image among it, of the images as they were shifted
+            mean_p, mean_t = sum_p / volume - outside * shift_p, sum_t / volume - outside * shift_t
+            saved = [pred, target, slope]
+            for needed, grad, own, other in zip(
+                ctx.needs_input_grad, (grad_p, grad_t), (mean_p, mean_t), (mean_t, mean_p)
+            ):
+                saved += [grad, slope * other + 2 * grad * own] if needed else []
+            ctx.save_for_backward(*saved)
+            ctx.kernel_size = kernel_size
+        # at most 1 but for rounding
+        return ncc.clamp_(min=-1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pred, target, slope, *maps = ctx.saved_tensors
+        grad_cross = _window_sum(grad * slope, ctx.kernel_size)
+        grads: list[torch.Tensor | None] = []
+        for needed, own, other in zip(ctx.needs_input_grad, (pred, target), (target, pred)):
+            if not needed:
+                grads.append(None)
+                continue
+            variance, means, *maps = maps
+            image = other * grad_cross
+            image += 2 * own * _window_sum(grad * variance, ctx.kernel_size)
+            grads.append(image.sub_(_window_sum(grad * means, ctx.kernel_size)))
+        return (*grads, None, None)
 
 
 class LNCCLoss(_Loss):
@@ -74,27 +151,7 @@ class LNCCLoss(_Loss):
         with torch.autocast(device_type=pred.device.type, enabled=False):
             if pred.dtype != torch.float64:
                 pred, target = pred.float(), target.float()
-            volume = float(self.kernel_size ** (pred.dim() - 2))
-            # Around their means the images lose no digits in the squares. The zeros outside the image are not part of
-            # what is shifted: where a window reaches out, only "inside" of its voxels are, and a term makes up for it.
-            spatial = list(range(2, pred.dim()))
-            mean_p, mean_t = pred.detach().mean(spatial, keepdim=True), target.detach().mean(spatial, keepdim=True)
-            pred, target = pred - mean_p, target - mean_t
-            inside = _window_sum(torch.ones_like(pred[:1, :1]), self.kernel_size)
-            outside = 1 - inside / volume
-            products = torch.cat([pred, target, pred * pred, target * target, pred * target], 1)
-            sums = _window_sum(products, self.kernel_size)
-            sum_p, sum_t, sum_pp, sum_tt, sum_pt = sums.chunk(5, 1)
-            # sum((p - mean_p) * (t - mean_t)) = sum(p * t) - sum(p) * sum(t) / volume, and likewise the variances,
-            # which rounding must not make negative
-            cross = (
-                sum_pt - sum_p * sum_t / volume + outside * (mean_t * sum_p + mean_p * sum_t + mean_p * mean_t * inside)
-            )
-            var_p = sum_pp - sum_p * sum_p / volume + outside * mean_p * (2 * sum_p + mean_p * inside)
-            var_t = sum_tt - sum_t * sum_t / volume + outside * mean_t * (2 * sum_t + mean_t * inside)
-            var_p, var_t = var_p.clamp(min=0), var_t.clamp(min=0)
-            # at most 1 but for rounding
-            ncc = -((cross * cross) / (var_p * var_t + self.smooth)).clamp(max=1.0)
+            ncc = _LocalCorrelation.apply(pred, target, self.kernel_size, self.smooth)
         if self.reduction == LossReduction.MEAN.value:
             return ncc.mean()
         return ncc.sum() if self.reduction == LossReduction.SUM.value else ncc
