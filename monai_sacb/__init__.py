@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from . import apps, data, engines, handlers, losses, metrics, networks, transforms, utils, visualize
+from . import apps, data, engines, handlers, inferers, losses, metrics, networks, transforms, utils, visualize
 from .version import __version__
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "data",
     "engines",
     "handlers",
+    "inferers",
     "losses",
     "metrics",
     "networks",

@@ -18,8 +18,8 @@ from monai.bundle import ConfigParser
 import monai_sacb
 
 SUBPACKAGES = (
-    "apps data engines handlers losses metrics networks networks.blocks networks.layers networks.nets transforms utils "
-    "visualize"
+    "apps data engines handlers inferers losses metrics networks networks.blocks networks.layers networks.nets "
+    "transforms utils visualize"
 )
 OURS = {
     name: f"monai_sacb.{package}"

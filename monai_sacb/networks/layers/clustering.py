@@ -9,40 +9,105 @@ import math
 import torch
 from torch import nn
 
+from monai_sacb.utils import is_traced
+
 __all__ = ["KMeans", "kmeans"]
+
+
+def _scores(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Squared distances but for the points' own squares: ``(B, N, C), (B, K, C) -> (B, N, K)``."""
+    # |p - s|^2 = |p|^2 - 2 p.s + |s|^2, and |p|^2 does not change the arg-min
+    return torch.baddbmm(centroids.square().sum(2).unsqueeze(1), points, centroids.transpose(1, 2), alpha=-2.0)
+
+
+def _is_recorded() -> bool:
+    if torch.jit.is_scripting():
+        return False
+    return is_traced()
+
+
+def _chunks(points: torch.Tensor) -> list[torch.Tensor]:
+    """The points in portions that stay in the cache; a recording, which would unroll them, takes them all at once."""
+    if _is_recorded():
+        return [points]
+    return points.split(max(1, (1 << 20) // (points.element_size() * points.shape[2])), 1)
 
 
 def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Index of the nearest centroid of every point: ``(B, N, C), (B, K, C) -> (B, N)``."""
-    # |p - s|^2 = |p|^2 - 2 p.s + |s|^2, and |p|^2 does not change the arg-min
-    scores = torch.baddbmm(centroids.square().sum(2).unsqueeze(1), points, centroids.transpose(1, 2), alpha=-2.0)
-    return scores.argmin(2)
+    return torch.cat([_scores(chunk, centroids).argmin(2) for chunk in _chunks(points)], 1)
 
 
-def _means(points: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Mean of the points of every cluster; a cluster without points keeps its centroid."""
+def _means(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Mean of the points nearest to every centroid; one without points stays where it is."""
     num_clusters = centroids.shape[1]
     clusters = torch.arange(num_clusters, device=points.device).view(1, num_clusters, 1)
-    # a product with the one-hot labels, unlike scatter-add, gives the same bits every time on every device
-    member = (labels.unsqueeze(1) == clusters).to(points.dtype)
-    counts = member.sum(2, keepdim=True)
-    sums = torch.bmm(member, points)
+    counts = torch.zeros([points.shape[0], num_clusters, 1], dtype=points.dtype, device=points.device)
+    sums = torch.zeros_like(centroids)
+    for chunk in _chunks(points):
+        # a product with the one-hot labels, unlike scatter-add, gives the same bits every time on every device
+        member = (_scores(chunk, centroids).argmin(2).unsqueeze(1) == clusters).to(points.dtype)
+        counts = counts + member.sum(2, keepdim=True)
+        sums = sums + torch.bmm(member, chunk)
     return torch.where(counts > 0, sums / counts.clamp(min=1.0), centroids)
 
 
-def _farthest_points(points: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Seeds: the point farthest from the mean, then again and again the point farthest from all seeds so far."""
-    distance = (points - points.mean(1, keepdim=True)).square().sum(2)
-    index = distance.argmax(1).view(-1, 1, 1).expand(-1, 1, points.shape[2])
-    seed = points.gather(1, index)
-    seeds = [seed]
-    distance = (points - seed).square().sum(2)
-    for _ in range(num_clusters - 1):
-        index = distance.argmax(1).view(-1, 1, 1).expand(-1, 1, points.shape[2])
-        seed = points.gather(1, index)
+def _take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Points ``(B, R, C)`` that ``index (B, R)`` names in ``points (B, N, C)``."""
+    return points.gather(1, index.unsqueeze(2).expand(-1, -1, points.shape[2]))
+
+
+def _lots(num_points: int, start: int, draw: int, device: torch.device) -> torch.Tensor:
+    """Numbers in (0, 1) that look drawn by lot, the same every time: ``(num_points,)``."""
+    prime = 1048573
+    index = torch.arange(num_points, device=device)
+    state = (index * 7919 + (1009 * start + draw + 1) * 104729) % prime
+    for _ in range(3):
+        state = (state * state + index + 1) % prime
+    return (state.float() + 0.5) / prime
+
+
+def _seeds(points: torch.Tensor, num_clusters: int, num_starts: int) -> torch.Tensor:
+    """
+    Points to start from, ``(B, num_starts, K, C)``.
+
+    The first start takes the point farthest from the mean, then again and again the point farthest from all seeds so
+    far. The others follow k-means++ (Arthur and Vassilvitskii, SODA 2007), with lots that are always the same: a point
+    is drawn with a chance in proportion to its squared distance from the seeds so far.
+    """
+    num_points = points.shape[1]
+    squares = points.square().sum(2, keepdim=True)
+    # (B, N, R)
+    distance = (points - points.mean(1, keepdim=True)).square().sum(2, keepdim=True).expand(-1, -1, num_starts)
+    seeds: list[torch.Tensor] = []
+    for draw in range(num_clusters):
+        # the largest of distance / exponential lot falls on each point in proportion to its distance
+        weights = [torch.ones([num_points], device=points.device)]
+        for start in range(1, num_starts):
+            weights.append(-1.0 / _lots(num_points, start, draw, points.device).log())
+        index = (distance * torch.stack(weights, 1).to(points.dtype)).argmax(1)
+        seed = _take(points, index)
         seeds.append(seed)
-        distance = torch.minimum(distance, (points - seed).square().sum(2))
-    return torch.cat(seeds, 1)
+        to_seed = (_scores(points, seed) + squares).clamp(min=0.0)
+        # the distance of a seed from itself is zero, not what rounding leaves of it
+        to_seed = to_seed.scatter(1, index.unsqueeze(1), 0.0)
+        distance = to_seed if draw == 0 else torch.minimum(distance, to_seed)
+    return torch.stack(seeds, 2)
+
+
+def _best_start(points: torch.Tensor, seeds: torch.Tensor, passes: int = 10) -> torch.Tensor:
+    """Centroids ``(B, K, C)`` of the start that has the least inertia after some Lloyd iterations side by side."""
+    batch, num_starts, num_clusters, channels = seeds.shape
+    centroids = seeds.flatten(1, 2)
+    clusters = torch.arange(num_clusters, device=points.device).view(1, 1, num_clusters, 1)
+    for _ in range(passes):
+        labels = _scores(points, centroids).unflatten(2, [num_starts, num_clusters]).argmin(3)
+        member = (labels.transpose(1, 2).unsqueeze(2) == clusters).to(points.dtype).flatten(1, 2)
+        counts = member.sum(2, keepdim=True)
+        centroids = torch.where(counts > 0, torch.bmm(member, points) / counts.clamp(min=1.0), centroids)
+    least = _scores(points, centroids).unflatten(2, [num_starts, num_clusters]).amin(3).sum(1)
+    index = least.argmin(1).view(batch, 1, 1, 1).expand(-1, 1, num_clusters, channels)
+    return centroids.unflatten(1, [num_starts, num_clusters]).gather(1, index).squeeze(1)
 
 
 def _lloyd(points: torch.Tensor, centroids: torch.Tensor, passes: int, tol: float) -> torch.Tensor:
@@ -53,52 +118,80 @@ def _lloyd(points: torch.Tensor, centroids: torch.Tensor, passes: int, tol: floa
     """
     converged = torch.zeros([points.shape[0], 1, 1], dtype=torch.bool, device=points.device)
     for _ in range(passes):
-        moved = _means(points, _nearest(points, centroids), centroids)
+        # nothing would change any more; to ask a GPU would stop it, and a recording has no answer
+        if converged.is_cpu and not _is_recorded() and bool(converged.all()):
+            break
+        moved = _means(points, centroids)
         shift = (moved - centroids).square().sum([1, 2], keepdim=True)
         centroids = torch.where(converged, centroids, moved)
         converged = converged | (shift <= tol * tol * centroids.square().sum([1, 2], keepdim=True))
     return centroids
 
 
-def _kmeans(
-    points: torch.Tensor, num_clusters: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """k-means without argument checks; see :py:func:`kmeans`."""
-    if torch.jit.is_scripting():
-        return _kmeans_float32(points, num_clusters, subsample_size, subsample_passes, full_passes, tol)
-    # the sum over a cluster leaves the range of half precision, to which autocast would cast the products
-    with torch.autocast(device_type=points.device.type, enabled=False):
-        return _kmeans_float32(points, num_clusters, subsample_size, subsample_passes, full_passes, tol)
-
-
-def _kmeans_float32(
-    points: torch.Tensor, num_clusters: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if points.dtype != torch.float64:
-        points = points.float()
+def _every(points: torch.Tensor, size: int) -> torch.Tensor:
+    """About ``size`` of the points, at equal distances."""
     num_points = points.shape[1]
-    # scaled and centred, the expanded distance loses no digits and neither large nor tiny values leave the range
-    scale = points.abs().amax([1, 2], keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    points = points / scale
-    offset = points.mean(1, keepdim=True)
-    points = points - offset
-    stride = max(1, num_points // subsample_size)
+    stride = max(1, num_points // size)
     # without a common factor the stride visits every column and slice of the grid, not only some of them
     while math.gcd(stride, num_points) > 1 and stride > 1:
         stride += 1
-    sample = points[:, ::stride]
-    centroids = _lloyd(sample, _farthest_points(sample, num_clusters), subsample_passes, tol)
-    if stride > 1:
+    return points[:, ::stride]
+
+
+def _kmeans(
+    points: torch.Tensor,
+    num_clusters: int,
+    num_starts: int,
+    subsample_size: int,
+    subsample_passes: int,
+    full_passes: int,
+    tol: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k-means without argument checks; see :py:func:`kmeans`."""
+    if torch.jit.is_scripting():
+        return _kmeans_float32(
+            points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol
+        )  # fmt: skip
+    # the sum over a cluster leaves the range of half precision, to which autocast would cast the products
+    with torch.autocast(device_type=points.device.type, enabled=False):
+        return _kmeans_float32(
+            points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol
+        )  # fmt: skip
+
+
+def _kmeans_float32(
+    points: torch.Tensor,
+    num_clusters: int,
+    num_starts: int,
+    subsample_size: int,
+    subsample_passes: int,
+    full_passes: int,
+    tol: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if points.dtype != torch.float64:
+        points = points.float()
+    # scaled and centred, the expanded distance loses no digits and neither large nor tiny values leave the range
+    scale = torch.linalg.vector_norm(points, ord=float("inf"), dim=[1, 2], keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    points = points / scale
+    offset = points.mean(1, keepdim=True)
+    points -= offset
+    sample = _every(points, subsample_size)
+    contest = _every(points, min(subsample_size, 1024))
+    seeds = _seeds(contest, num_clusters, num_starts)
+    centroids = seeds[:, 0] if num_starts == 1 else _best_start(contest, seeds)
+    centroids = _lloyd(sample, centroids, subsample_passes, tol)
+    if sample.shape[1] < points.shape[1]:
         centroids = _lloyd(points, centroids, full_passes, tol)
     return _nearest(points, centroids), (centroids + offset) * scale
 
 
 def _check_arguments(
-    num_clusters: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
+    num_clusters: int, num_starts: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
 ) -> None:
     for name, value, lowest in (
         ("num_clusters", num_clusters, 1),
+        ("num_starts", num_starts, 1),
         ("subsample_size", subsample_size, 1),
         ("subsample_passes", subsample_passes, 0),
         ("full_passes", full_passes, 0),
@@ -111,24 +204,27 @@ def _check_arguments(
 def kmeans(
     points: torch.Tensor,
     num_clusters: int,
+    num_starts: int = 16,
     subsample_size: int = 4096,
-    subsample_passes: int = 30,
-    full_passes: int = 3,
+    subsample_passes: int = 20,
+    full_passes: int = 2,
     tol: float = 1e-4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Euclidean k-means of every image of a batch, without a random number generator.
 
-    Seeds are chosen by farthest point on a strided subsample; Lloyd's algorithm runs there to convergence and then for
-    a few passes over all points. The number of passes is fixed (an image that has converged is left unchanged), so the
-    result of one image depends neither on the rest of the batch nor on earlier calls, and the function can be scripted
-    and exported. No gradient flows through it.
+    Several starts, by farthest points and by k-means++ with lots that are always the same, compete on a small strided
+    subsample; from the best one Lloyd's algorithm runs to convergence on a larger subsample and then over all points,
+    for which a few passes are enough. The number of passes is fixed (an image that has converged is left unchanged),
+    so the result of one image depends neither on the rest of the batch nor on earlier calls, and the function can be
+    scripted and exported. No gradient flows through it.
 
     Args:
         points: ``(B, N, C)``, N points of C features for each of B images.
         num_clusters: number of clusters K. May exceed the number of distinct points; the surplus clusters are empty
             and their centroids repeat existing points.
-        subsample_size: approximate number of points on which seeds are chosen and Lloyd's algorithm converges.
+        num_starts: number of starts; 1 is the one by farthest points.
+        subsample_size: approximate number of points on which Lloyd's algorithm converges.
         subsample_passes: Lloyd passes over the subsample.
         full_passes: Lloyd passes over all points (none are needed where the subsample is all points).
         tol: an image has converged when its centroids move less than this fraction of their norm.
@@ -147,11 +243,11 @@ def kmeans(
             f"points must be a non-empty floating point tensor of shape (B, N, C), got {tuple(points.shape)} "
             f"of {points.dtype}."
         )
-    _check_arguments(num_clusters, subsample_size, subsample_passes, full_passes, tol)
+    _check_arguments(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
     if not bool(torch.isfinite(points).all()):
         raise ValueError(f"points must be finite, got {int((~torch.isfinite(points)).sum())} NaN or infinite values.")
     with torch.no_grad():
-        return _kmeans(points, num_clusters, subsample_size, subsample_passes, full_passes, tol)
+        return _kmeans(points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
 
 
 class KMeans(nn.Module):
@@ -161,7 +257,7 @@ class KMeans(nn.Module):
     It does not look for values that are not finite (that would stop a GPU and cannot be exported); they do not hang it.
 
     Args:
-        num_clusters, subsample_size, subsample_passes, full_passes, tol: as for :py:func:`kmeans`.
+        num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol: as for :py:func:`kmeans`.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -170,14 +266,16 @@ class KMeans(nn.Module):
     def __init__(
         self,
         num_clusters: int,
+        num_starts: int = 16,
         subsample_size: int = 4096,
-        subsample_passes: int = 30,
-        full_passes: int = 3,
+        subsample_passes: int = 20,
+        full_passes: int = 2,
         tol: float = 1e-4,
     ) -> None:
         super().__init__()
-        _check_arguments(num_clusters, subsample_size, subsample_passes, full_passes, tol)
+        _check_arguments(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
         self.num_clusters = num_clusters
+        self.num_starts = num_starts
         self.subsample_size = subsample_size
         self.subsample_passes = subsample_passes
         self.full_passes = full_passes
@@ -192,5 +290,11 @@ class KMeans(nn.Module):
             labels ``(B, N)`` and centroids ``(B, K, C)``, as :py:func:`kmeans`, detached.
         """
         return _kmeans(
-            points.detach(), self.num_clusters, self.subsample_size, self.subsample_passes, self.full_passes, self.tol
+            points.detach(),
+            self.num_clusters,
+            self.num_starts,
+            self.subsample_size,
+            self.subsample_passes,
+            self.full_passes,
+            self.tol,
         )

@@ -1,0 +1,184 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from monai.losses import BendingEnergyLoss
+
+from monai_sacb.inferers import RegistrationInferer, refine_ddf
+from monai_sacb.losses import LNCCLoss
+from monai_sacb.networks.layers import warp
+
+# spatial shape, batch, channels, type
+TEST_CASES = [
+    ((24, 26), 1, 1, torch.float32),
+    ((21, 25), 3, 2, torch.float64),
+    ((18, 17, 20), 1, 1, torch.float32),
+    ((15, 16, 19), 2, 2, torch.float32),
+]
+
+ILL_ARGUMENTS = [
+    ({"iterations": -1}, "iterations must be at least 0, got -1"),
+    ({"spacing": 0}, "spacing must be at least 1, got 0"),
+    ({"patience": 0}, "patience must be at least 1, got 0"),
+    ({"regularization_weight": -0.5}, r"regularization_weight must be at least 0, got -0\.5"),
+    ({"regularization_weight": float("nan")}, "regularization_weight must be at least 0, got nan"),
+    ({"learning_rate": 0.0}, r"learning_rate must be positive, got 0\.0"),
+]
+
+# shapes of moving, fixed and ddf, message
+ILL_SHAPES = [
+    ((1, 1, 8, 8), (1, 1, 8, 9), (1, 2, 8, 9), r"\[1, 1, 8, 8\], \[1, 1, 8, 9\] and \[1, 2, 8, 9\]"),
+    ((1, 1, 8, 8), (1, 1, 8, 8), (1, 3, 8, 8), r"\[1, 3, 8, 8\]"),
+    ((2, 1, 8, 8), (2, 1, 8, 8), (1, 2, 8, 8), r"\[1, 2, 8, 8\]"),
+    ((1, 1, 8), (1, 1, 8), (1, 1, 8), r"\[1, 1, 8\]"),
+    ((1, 1, 8, 4), (1, 1, 8, 4), (1, 2, 8, 4), r"at least 5 voxels along every axis, got shape \[1, 1, 8, 4\]"),
+]
+
+
+def upsampled(shape: tuple[int, ...], spatial: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
+    coarse = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mode = "bilinear" if len(spatial) == 2 else "trilinear"
+    return F.interpolate(coarse, size=spatial, mode=mode, align_corners=True).to(dtype)
+
+
+def make_pair(
+    spatial: tuple[int, ...], batch: int = 1, channels: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.Tensor]:
+    """Moving image, fixed image, and the field by which the second was made from the first."""
+    dims = len(spatial)
+    true = 0.8 * upsampled((batch, dims, *[4] * dims), spatial, seed + 1, dtype)
+    moving = upsampled((batch, channels, *[9] * dims), spatial, seed, dtype).sigmoid()
+    return [moving, warp(moving, true), true]
+
+
+def inner_error(ddf: torch.Tensor, true: torch.Tensor) -> float:
+    """Mean length of the error where the images are known."""
+    inside = (slice(None), *[slice(3, -3)] * (ddf.dim() - 2))
+    return (ddf - true).norm(dim=1)[inside].mean().item()
+
+
+@pytest.mark.parametrize(("spatial", "batch", "channels", "dtype"), TEST_CASES)
+def test_finds_a_known_field(spatial: tuple[int, ...], batch: int, channels: int, dtype: torch.dtype) -> None:
+    moving, fixed, true = make_pair(spatial, batch, channels, dtype)
+    start = torch.zeros_like(true)
+    ddf = refine_ddf(moving, fixed, start, regularization_weight=0.1)
+    assert ddf.shape == true.shape and ddf.dtype == dtype and not ddf.requires_grad
+    assert inner_error(start, true) > 0.5
+    assert inner_error(ddf, true) < 0.4 * inner_error(start, true)
+    assert (start == 0).all()
+
+
+def test_batch_equals_one_by_one_and_repeats() -> None:
+    moving, fixed, true = make_pair((16, 18, 15), batch=2)
+    together = refine_ddf(moving, fixed, 0 * true, iterations=8)
+    alone = [refine_ddf(*(t[i : i + 1] for t in (moving, fixed, 0 * true)), iterations=8) for i in range(2)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, refine_ddf(moving, fixed, 0 * true, iterations=8)) and together.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("spacing", [1, 2, 3, 7])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 30.0])
+def test_never_worse_than_the_start(spacing: int, weight: float) -> None:
+    moving, fixed, true = make_pair((18, 17, 20))
+
+    def objective(ddf: torch.Tensor) -> float:
+        return (LNCCLoss(5)(warp(moving, ddf), fixed) + weight * BendingEnergyLoss()(ddf)).item()
+
+    noise = 0.3 * torch.randn(true.shape, generator=torch.Generator().manual_seed(5))
+    for start in (true, 0 * true, true + noise):
+        for learning_rate in (0.1, 50.0):
+            ddf = refine_ddf(
+                moving, fixed, start, regularization_weight=weight, iterations=6, spacing=spacing,
+                learning_rate=learning_rate,
+            )  # fmt: skip
+            assert objective(ddf) <= objective(start)
+
+
+def test_the_best_start_is_returned_untouched() -> None:
+    """Nothing is better than the truth where nothing has to be smooth and steps are far too long."""
+    moving, fixed, true = make_pair((20, 22))
+    ddf = refine_ddf(moving, fixed, true, regularization_weight=0, learning_rate=100.0, iterations=5)
+    assert torch.equal(ddf, true)
+    assert torch.equal(refine_ddf(moving, fixed, true, iterations=0), true)
+
+
+def test_patience_stops() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    calls = []
+
+    def similarity(warped: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return (warped - fixed).square().mean() + len(calls)
+
+    refine_ddf(moving, fixed, 0 * true, similarity=similarity, iterations=40, patience=4)
+    # the start, and then the first to the fifth field, none of which is better
+    assert len(calls) == 6
+
+
+def test_objective_that_is_not_finite_stops() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    ddf = refine_ddf(moving, fixed, true, similarity=lambda warped, fixed: warped.sum() * float("nan"))
+    assert torch.equal(ddf, true)
+
+
+def test_own_terms_and_weight() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    free = refine_ddf(moving, fixed, 0 * true, regularization_weight=0.0)
+    stiff = refine_ddf(
+        moving, fixed, 0 * true, regularization=lambda ddf: ddf.square().mean(), regularization_weight=100.0
+    )
+    assert stiff.abs().max() < 0.1 * free.abs().max()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_around(context: Any) -> None:
+    """As evaluation engines call it."""
+    moving, fixed, true = make_pair((16, 18, 15))
+    expected = refine_ddf(moving, fixed, 0 * true, iterations=5)
+    with context():
+        images = [t.clone() for t in (moving, fixed, 0 * true)]
+        assert torch.equal(refine_ddf(*images, iterations=5), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(refine_ddf(moving, fixed, 0 * true, iterations=5), expected)
+
+
+@pytest.mark.parametrize(("arguments", "message"), ILL_ARGUMENTS)
+def test_ill_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refine_ddf(*make_pair((8, 9)), **arguments)
+
+
+@pytest.mark.parametrize(("moving", "fixed", "ddf", "message"), ILL_SHAPES)
+def test_ill_shapes(moving: tuple[int, ...], fixed: tuple[int, ...], ddf: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refine_ddf(torch.zeros(moving), torch.zeros(fixed), torch.zeros(ddf))
+
+
+def test_inferer() -> None:
+    moving, fixed, true = make_pair((16, 18, 15), batch=2)
+    inputs = torch.cat([moving, fixed], 1)
+    seen = []
+
+    def network(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        seen.append(x)
+        return factor * true
+
+    with torch.no_grad():
+        assert torch.equal(RegistrationInferer()(inputs, network, factor=0.5), 0.5 * true)
+        refined = RegistrationInferer(iterations=4, spacing=3)(inputs, network, 0.5)
+    assert len(seen) == 2 and all(x is inputs for x in seen)
+    assert torch.equal(refined, refine_ddf(moving, fixed, 0.5 * true, iterations=4, spacing=3))
+    assert (refined - 0.5 * true).abs().max() > 0.05
+
+
+def test_inferer_refuses() -> None:
+    with pytest.raises(ValueError, match="iterations must be at least 0, got -3"):
+        RegistrationInferer(iterations=-3)
+    with pytest.raises(TypeError, match="speed"):
+        RegistrationInferer(iterations=3, speed=1)
