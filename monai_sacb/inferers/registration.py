@@ -24,14 +24,14 @@ class RegistrationInferer(Inferer):
         refinement_args: other arguments of that function, its ``similarity`` or ``regularization_weight`` for instance.
 
     Raises:
-        ValueError: When ``iterations`` is negative.
+        ValueError: When ``iterations`` is not a whole number of at least 0.
         TypeError: When an argument is not one of that function.
     """
 
     def __init__(self, iterations: int = 0, **refinement_args: Any) -> None:
         super().__init__()
-        if iterations < 0:
-            raise ValueError(f"iterations must be at least 0, got {iterations}.")
+        if not isinstance(iterations, int) or iterations < 0:
+            raise ValueError(f"iterations must be a whole number of at least 0, got {iterations!r}.")
         # an unknown argument shall not wait for the first pair
         inspect.signature(refine_ddf).bind_partial(**refinement_args)
         self.iterations = iterations

@@ -177,8 +177,12 @@ def test_inferer() -> None:
     assert (refined - 0.5 * true).abs().max() > 0.05
 
 
-def test_inferer_refuses() -> None:
-    with pytest.raises(ValueError, match="iterations must be at least 0, got -3"):
-        RegistrationInferer(iterations=-3)
+@pytest.mark.parametrize("iterations", [-3, 2.5, "many", None])
+def test_inferer_refuses(iterations: Any) -> None:
+    with pytest.raises(ValueError, match=f"iterations must be a whole number of at least 0, got {iterations!r}"):
+        RegistrationInferer(iterations=iterations)
+
+
+def test_inferer_refuses_an_unknown_argument() -> None:
     with pytest.raises(TypeError, match="speed"):
         RegistrationInferer(iterations=3, speed=1)
