@@ -184,6 +184,20 @@ def test_evaluate_overlay_repeats_the_numbers_of_training(workflow: Make, tmp_pa
     assert not (other / "model.pt").exists() and not (other / "checkpoint.pt").exists()
 
 
+def test_evaluate_with_refinement(workflow: Make, tmp_path: Path) -> None:
+    flow = workflow("train")
+    weights = str(tmp_path / "weights.pt")
+    torch.save(flow.parser.get_parsed_content("network").state_dict(), weights)
+    dice = []
+    for refine in (0, 20):
+        output = tmp_path / f"refined_{refine}"
+        flow = workflow("train", "evaluate", output_dir=str(output), ckpt_path=weights, refine=refine)
+        flow.run_id = "evaluating"
+        flow.run()
+        dice.append(json.loads((output / "summary.json").read_text())["val_dice/mean"])
+    assert dice[1] > dice[0] + 0.02
+
+
 @pytest.mark.parametrize("folder", [".", "bundle"])
 def test_bundle_root(workflow: Make, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     flow = workflow("train")
