@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
 from .last_epoch_validation import LastEpochValidation
+from .loss_weight_schedule import LossWeightSchedule
 from .pair_metric import PairMetric
 from .pair_saver import PairSaver
 from .registration_figure import RegistrationFigure
@@ -13,6 +14,7 @@ __all__ = [
     "BestModelSaver",
     "LastEpochValidation",
     "LoadWeights",
+    "LossWeightSchedule",
     "PairMetric",
     "PairSaver",
     "RegistrationFigure",

@@ -25,8 +25,8 @@ class RegistrationLoss(nn.Module):
 
     Args:
         similarity: ``(warped, fixed) -> loss``. Defaults to :py:class:`LNCCLoss` with its window of 9 voxels.
-        regularization: ``(ddf) -> loss``. Defaults to :py:class:`GradientPenaltyLoss`.
-        regularization_weight: weight λ of the regularization.
+        regularization: ``(ddf) -> loss``, or several with their names. Defaults to :py:class:`GradientPenaltyLoss`.
+        regularization_weight: weight λ of the regularization, or of each by name.
         label: ``(warped one-hot, fixed one-hot) -> loss``. Defaults to MONAI's ``DiceLoss`` without background. Used
             only where ``label_weight`` is not 0.
         label_weight: weight of the label term. The labels of the moving image are warped as one-hot maps, linearly.
@@ -35,7 +35,11 @@ class RegistrationLoss(nn.Module):
             :py:class:`monai_sacb.transforms.FieldOfViewd`): for images that are cropped differently.
 
     Raises:
-        ValueError: When a weight is negative, or the label term is wanted without ``num_labels``.
+        ValueError: When a weight is negative, weights and regularizations have not the same names, or the label term is
+            wanted without ``num_labels``.
+
+    The weights are in the dictionary ``weights``, of terms named ``"similarity"``, ``"label"`` and ``"regularization"``
+    (or as given), where :py:class:`monai_sacb.handlers.LossWeightSchedule` finds them.
 
     Source: Cheng et al., SACB-Net, CVPR 2025.
     """
@@ -43,24 +47,34 @@ class RegistrationLoss(nn.Module):
     def __init__(
         self,
         similarity: nn.Module | None = None,
-        regularization: nn.Module | None = None,
-        regularization_weight: float = 1.0,
+        regularization: nn.Module | Mapping[str, nn.Module] | None = None,
+        regularization_weight: float | Mapping[str, float] = 1.0,
         label: nn.Module | None = None,
         label_weight: float = 0.0,
         num_labels: int | None = None,
         use_masks: bool = False,
     ) -> None:
         super().__init__()
-        for name, weight in (("regularization_weight", regularization_weight), ("label_weight", label_weight)):
-            if weight < 0:
-                raise ValueError(f"{name} must not be negative, got {weight}.")
+        if regularization is None:
+            regularization = GradientPenaltyLoss()
+        if not isinstance(regularization, Mapping):
+            regularization = {"regularization": regularization}
+        if not isinstance(regularization_weight, Mapping):
+            regularization_weight = {"regularization": regularization_weight}
+        if set(regularization) != set(regularization_weight) or {"similarity", "label"} & set(regularization):
+            raise ValueError(
+                "regularization and regularization_weight must have the same names, other than similarity and label, "
+                f"got {sorted(regularization)} and {sorted(regularization_weight)}."
+            )
+        self.weights = {"similarity": 1.0, **regularization_weight, "label": label_weight}
+        for name, weight in self.weights.items():
+            if not weight >= 0:
+                raise ValueError(f"the weight of {name} must not be negative, got {weight}.")
         if label_weight > 0 and not num_labels:
             raise ValueError(f"the label term needs num_labels of at least 1, got {num_labels}.")
         self.similarity = LNCCLoss() if similarity is None else similarity
-        self.regularization = GradientPenaltyLoss() if regularization is None else regularization
-        self.regularization_weight = regularization_weight
+        self.regularization = nn.ModuleDict(regularization)
         self.label = DiceLoss(include_background=False) if label is None else label
-        self.label_weight = label_weight
         self.num_labels = num_labels
         self.use_masks = use_masks
 
@@ -86,15 +100,16 @@ class RegistrationLoss(nn.Module):
             # nearest and without gradient: nothing is gained by moving the edge of the mask
             mask = target["fixed_field_of_view"] * warp(target["moving_field_of_view"], pred.detach(), mode="nearest")
             warped, fixed = warped * mask, fixed * mask
-        loss = self.similarity(warped, fixed)
-        if self.regularization_weight > 0:
-            loss = loss + self.regularization_weight * self.regularization(pred)
-        if self.label_weight > 0:
+        loss = self.weights["similarity"] * self.similarity(warped, fixed)
+        for name, term in self.regularization.items():
+            if self.weights[name] > 0:
+                loss = loss + self.weights[name] * term(pred)
+        if self.weights["label"] > 0:
             missing = [key for key in ("moving_label", "fixed_label") if key not in target]
             if missing or self.num_labels is None:
                 raise ValueError(f"the label term of the loss needs labels, but the batch has no {missing}.")
             moving_maps, fixed_maps = (
                 one_hot(target[key], self.num_labels + 1) for key in ("moving_label", "fixed_label")
             )
-            loss = loss + self.label_weight * self.label(warp(moving_maps, pred), fixed_maps)
+            loss = loss + self.weights["label"] * self.label(warp(moving_maps, pred), fixed_maps)
         return loss

@@ -16,8 +16,12 @@ from monai.losses import BendingEnergyLoss, DiceCELoss
 from monai_sacb.losses import GradientPenaltyLoss, LNCCLoss, RegistrationLoss
 
 ILL_CASES = [
-    ({"regularization_weight": -1.0}, r"regularization_weight must not be negative, got -1\.0"),
-    ({"label_weight": -0.5}, r"label_weight must not be negative, got -0\.5"),
+    ({"regularization_weight": -1.0}, r"the weight of regularization must not be negative, got -1\.0"),
+    ({"regularization_weight": float("nan")}, r"the weight of regularization must not be negative, got nan"),
+    ({"label_weight": -0.5}, r"the weight of label must not be negative, got -0\.5"),
+    ({"regularization": {"a": nn.Identity()}}, r"the same names.*got \['a'\] and \['regularization'\]"),
+    ({"regularization_weight": {"b": 1.0}}, r"the same names.*got \['regularization'\] and \['b'\]"),
+    ({"regularization": {"label": nn.Identity()}, "regularization_weight": {"label": 1}}, r"other than similarity"),
     ({"label_weight": 1.0}, r"num_labels of at least 1, got None"),
     ({"label_weight": 1.0, "num_labels": 0}, r"num_labels of at least 1, got 0"),
 ]
@@ -97,6 +101,11 @@ def test_terms_can_be_exchanged() -> None:
     assert loss(ddf, data).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+class Size(nn.Module):
+    def forward(self, pred: torch.Tensor) -> torch.Tensor:
+        return pred.abs().mean()
+
+
 class Count(nn.Module):
     """A term that remembers how often it was wanted."""
 
@@ -116,6 +125,16 @@ def test_terms_without_weight_are_not_computed() -> None:
         loss = RegistrationLoss(terms[0], terms[1], regularization, terms[2], label, num_labels=2)
         assert loss(ddf, data).item() == value
     assert [term.calls for term in terms] == [4, 2, 2]
+
+
+def test_several_regularizations() -> None:
+    data, ddf = batch_of(1, (10, 11, 12)), field(1, (10, 11, 12))
+    terms = {"gradient": GradientPenaltyLoss(), "size": Size()}
+    loss = RegistrationLoss(Difference(), terms, {"gradient": 0.2, "size": 3.0})
+    alone = RegistrationLoss(Difference(), regularization_weight=0.2)(ddf, data).item()
+    assert loss(ddf, data).item() == pytest.approx(alone + 3 * ddf.abs().mean().item(), rel=1e-5)
+    loss.weights["size"] = 0.0
+    assert loss(ddf, data).item() == pytest.approx(alone, rel=1e-6)
 
 
 def test_gradient_of_every_term() -> None:

@@ -166,7 +166,9 @@ def match(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_definition(net: SACBNet, x: torch.Tensor, answers: list[Clusters], slope: float = 0.1) -> torch.Tensor:
+def by_definition(
+    net: SACBNet, x: torch.Tensor, answers: list[Clusters], slope: float = 0.1, scaled: bool = False
+) -> torch.Tensor:
     """The method in plain operations, with the network's parameters and given clusters."""
     weights, dims, answers = dict(net.named_parameters()), x.dim() - 2, iter(answers)
     channels = x.shape[1] // 2
@@ -185,7 +187,7 @@ def by_definition(net: SACBNet, x: torch.Tensor, answers: list[Clusters], slope:
         moving = moving if ddf is None else displace(moving, ddf)
         fixed = block(fixed, weights, f"estimators.{i}.sacb", next(answers), slope)
         moving = block(moving, weights, f"estimators.{i}.sacb", next(answers), slope)
-        delta = match(moving, fixed)
+        delta = match(moving, fixed / fixed.shape[1] ** 0.5 if scaled else fixed)
         ddf = double(delta if ddf is None else displace(ddf, delta) + delta)
     refined = []
     for image in (maps[1][0], displace(maps[0][0], ddf)):
@@ -222,6 +224,7 @@ def test_any_size(arguments: dict, batch: int, spatial: tuple[int, ...]) -> None
         ({"spatial_dims": 2, "num_clusters": (2, 3, 4, 5)}, 2, (48, 64)),
         ({"spatial_dims": 2, "in_channels": 2, "negative_slope": 0.2}, 1, (32, 80)),
         ({"spatial_dims": 3, "base_channels": 2, "num_clusters": 3}, 2, (32, 48, 32)),
+        ({"spatial_dims": 2, "scaled_matching": True}, 1, (48, 64)),
     ],
 )
 def test_definition(arguments: dict, batch: int, spatial: tuple[int, ...], relative_error) -> None:
@@ -231,7 +234,9 @@ def test_definition(arguments: dict, batch: int, spatial: tuple[int, ...], relat
     with torch.no_grad():
         ddf = net(x)
     assert len(recorder.answers) == 8
-    expected = by_definition(net, x, recorder.answers, arguments.get("negative_slope", 0.1))
+    expected = by_definition(
+        net, x, recorder.answers, arguments.get("negative_slope", 0.1), arguments.get("scaled_matching", False)
+    )
     assert relative_error(ddf, expected) < 1e-5
     assert ddf.abs().max() > 1
 

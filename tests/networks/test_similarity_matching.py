@@ -66,6 +66,21 @@ def test_definition(shape: tuple[int, ...], window: int, dtype: torch.dtype) -> 
     np.testing.assert_allclose(flow.numpy(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.25, 8])
+def test_scale(scale: float) -> None:
+    moving, fixed = features((2, 4, 5, 6, 7), torch.float64)
+    flow = SimilarityMatching(scale=scale)(moving, fixed)
+    expected = by_definition(moving.numpy(), scale * fixed.numpy(), 3)
+    np.testing.assert_allclose(flow.numpy(), expected, rtol=0, atol=1e-12)
+    assert (flow - SimilarityMatching()(moving, fixed)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+def test_ill_scale(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"scale must be a positive number, got {scale}"):
+        SimilarityMatching(scale=scale)
+
+
 def test_unfold() -> None:
     """In 2-D, PyTorch itself gathers the neighbours."""
     moving, fixed = features((2, 6, 9, 8), torch.float32)

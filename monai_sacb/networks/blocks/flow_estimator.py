@@ -24,14 +24,22 @@ class MatchingFlowEstimator(nn.Module):
         num_clusters: clusters of the block.
         spatial_dims: 2 or 3.
         negative_slope: slope of the LeakyReLU activations.
+        scaled_matching: divide the feature products of the matching by the square root of ``channels``.
 
     Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
     """
 
-    def __init__(self, channels: int, num_clusters: int, spatial_dims: int = 3, negative_slope: float = 0.1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_clusters: int,
+        spatial_dims: int = 3,
+        negative_slope: float = 0.1,
+        scaled_matching: bool = False,
+    ) -> None:
         super().__init__()
         self.sacb = SACBlock(channels, num_clusters, spatial_dims, negative_slope)
-        self.matching = SimilarityMatching(window=3)
+        self.matching = SimilarityMatching(window=3, scale=channels**-0.5 if scaled_matching else 1.0)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None = None) -> torch.Tensor:
         """

@@ -104,18 +104,22 @@ class SimilarityMatching(nn.Module):
 
     Args:
         window: odd size of the search window. At most ``window // 2`` voxels per axis can be found.
+        scale: factor of the products before the softmax, the inverse of its temperature. The paper has none.
 
     Raises:
-        ValueError: When ``window`` is not a positive odd number.
+        ValueError: When ``window`` is not a positive odd number, or ``scale`` is not positive.
 
     Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025, section 3.
     """
 
-    def __init__(self, window: int = 3) -> None:
+    def __init__(self, window: int = 3, scale: float = 1.0) -> None:
         super().__init__()
         if window < 1 or window % 2 != 1:
             raise ValueError(f"window must be a positive odd number, got {window}.")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be a positive number, got {scale}.")
         self.window = window
+        self.scale = float(scale)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """
@@ -135,6 +139,8 @@ class SimilarityMatching(nn.Module):
                 f"moving and fixed features must have one shape (B, C, *spatial), got {list(moving.shape)} and "
                 f"{list(fixed.shape)}."
             )
+        if self.scale != 1.0:
+            fixed = fixed * self.scale
         if torch.jit.is_scripting():
             return _expected_offset(moving, fixed, self.window)
         if is_traced() or not fixed.is_cpu or fixed.dim() == 3:

@@ -30,6 +30,8 @@ class SACBNet(nn.Module):
         base_channels: width c of the first convolution; the levels have 2c, 4c, 8c, 16c and 16c channels.
         num_clusters: clusters of the blocks, one number or one for each of the levels 2, 3, 4 and 5.
         negative_slope: slope of the LeakyReLU activations.
+        scaled_matching: divide the feature products of the matching by the square root of the channels, as attention
+            does. The paper does not; from a random start the softmax is then nearly one-hot, and training slower.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -52,6 +54,7 @@ class SACBNet(nn.Module):
         base_channels: int = 4,
         num_clusters: int | Sequence[int] = 7,
         negative_slope: float = 0.1,
+        scaled_matching: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -65,7 +68,7 @@ class SACBNet(nn.Module):
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
             [
-                MatchingFlowEstimator(width, k, spatial_dims, negative_slope)
+                MatchingFlowEstimator(width, k, spatial_dims, negative_slope, scaled_matching)
                 for width, k in zip(reversed(channels[1:]), reversed(clusters))
             ]
         )
