@@ -128,9 +128,9 @@ def refine_ddf(
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(ddf.device.type, enabled=False):
         dtype = torch.float64 if ddf.dtype == torch.float64 else torch.float32
         # a copy: tensors of inference mode cannot take part in a gradient
-        images = [t.detach().to(dtype).clone() for t in (moving, fixed, ddf)]
+        pairs = zip(*(t.detach().to(dtype).clone().split(1) for t in (moving, fixed, ddf)))
         refined = [
-            _refine_one(*pair, objective, iterations, learning_rate, spacing, patience)
-            for pair in zip(*(t.split(1) for t in images))
+            _refine_one(image, target, start, objective, iterations, learning_rate, spacing, patience)
+            for image, target, start in pairs
         ]
     return torch.cat(refined).to(ddf.dtype)

@@ -7,16 +7,18 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 
 from monai.bundle import ConfigWorkflow
 
+from monai_sacb.handlers import LossWeightSchedule
 from monai_sacb.networks.nets import SACBNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +198,35 @@ def test_evaluate_with_refinement(workflow: Make, tmp_path: Path) -> None:
         flow.run()
         dice.append(json.loads((output / "summary.json").read_text())["val_dice/mean"])
     assert dice[1] > dice[0] + 0.02
+
+
+@pytest.mark.parametrize(("label_weight", "gradient", "bending"), [(0.0, 0.1, 1.0), (2.0, 0.5, 0.0)])
+def test_hippocampus_overlay(workflow: Make, label_weight: float, gradient: float, bending: float) -> None:
+    """On the sample, whose labels stand in for those of the hippocampus."""
+    flow = workflow(
+        "train",
+        "data_hippocampus",
+        max_epochs=1,
+        label_weight=label_weight,
+        spatial_size=[-1, -1, -1],
+        pairs_per_epoch=1,
+    )
+    trainer, loss = (flow.parser.get_parsed_content(name) for name in ("train#trainer", "loss"))
+    seen = []
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def note(engine: Engine) -> None:
+        seen.append(dict(loss.weights))
+
+    for handler in flow.parser.get_parsed_content("train#handlers"):
+        if isinstance(handler, LossWeightSchedule):
+            handler(SimpleNamespace(state=SimpleNamespace(iteration=450)))
+            seen.append(dict(loss.weights))
+            break
+    trainer.run()
+    assert [weights["bending"] for weights in seen] == [bending / 2, 0.0]
+    assert all(weights["gradient"] == gradient and weights["label"] == label_weight for weights in seen)
+    assert all(estimator.matching.scale < 1 for estimator in flow.parser.get_parsed_content("network").estimators)
 
 
 @pytest.mark.parametrize("folder", [".", "bundle"])
