@@ -278,6 +278,9 @@ class RestoreGridd(MapTransform):
             image, ``"nearest"`` and ``"bilinear"`` both return the very voxels.
         padding_mode: what lies outside the working grid.
         allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When the reference does not carry the meta data of its file.
     """
 
     def __init__(
@@ -296,7 +299,11 @@ class RestoreGridd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
-        meta = data[self.reference_key].meta
+        reference = data[self.reference_key]
+        meta = reference.meta if isinstance(reference, MetaTensor) else {}
+        missing = [key for key in ("spatial_shape", "original_affine", "filename_or_obj") if key not in meta]
+        if missing:
+            raise ValueError(f"{self.reference_key} must carry the meta data of its file, but it has no {missing}.")
         size = [int(n) for n in meta["spatial_shape"]]
         affine = torch.as_tensor(meta["original_affine"], dtype=torch.float64)
         native = MetaTensor(torch.zeros(1, *size), affine=affine, meta={"filename_or_obj": meta["filename_or_obj"]})

@@ -366,6 +366,32 @@ def test_gradient_reaches_every_parameter() -> None:
             assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize(("dims", "spatial"), [(2, (48, 32)), (3, (32, 32, 48))])
+def test_checkpointed_activations(dims: int, spatial: tuple[int, ...]) -> None:
+    """The same field and gradients with fewer tensors kept; nothing is computed twice in inference."""
+    results = []
+    for use_checkpoint in (False, True):
+        net = make_net(spatial_dims=dims, base_channels=2, num_clusters=3, use_checkpoint=use_checkpoint).train()
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        calls = []
+        net.finest_estimator.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ddf = net(pair(1, 1, spatial))
+        ddf.square().mean().backward()
+        net.eval()(pair(1, 1, spatial))
+        results.append((ddf.detach(), [p.grad for p in net.parameters()], sum(kept.values()), len(calls)))
+    (ddf, grads, memory, calls), (ddf_again, grads_again, memory_again, calls_again) = results
+    assert torch.equal(ddf, ddf_again) and ddf.abs().max() > 0.1
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again))
+    assert memory_again < 0.5 * memory
+    assert (calls, calls_again) == (2, 3)
+
+
 def test_some_steps_of_training_lower_the_loss() -> None:
     net, x = make_net(spatial_dims=2, base_channels=2).train(), pair(1, 1, (32, 48))
     moving, fixed = x.chunk(2, 1)

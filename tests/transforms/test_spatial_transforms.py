@@ -639,6 +639,12 @@ def test_resampled_fields_come_back(tmp_path: Path, geometry: str, pixdim: tuple
     np.testing.assert_allclose(restored.affine, GEOMETRIES[geometry], atol=1e-6)
 
 
+@pytest.mark.parametrize("reference", [torch.zeros(1, 4, 5, 6), MetaTensor(torch.zeros(1, 4, 5, 6))])
+def test_restore_grid_needs_the_file(reference: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"fixed_image must carry .* it has no \[.*'original_affine'"):
+        RestoreGridd("u")({"u": MetaTensor(torch.zeros(3, 4, 5, 6)), "fixed_image": reference})
+
+
 ILL_GRIDS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "modes": (lambda: RestoreGridd(["a", "b"], mode=["nearest"] * 3), ValueError, r"2.*3"),
     "padding modes": (lambda: RestoreGridd(["a", "b"], padding_mode=["zeros"]), ValueError, r"2.*1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from monai.networks.layers.factories import Pool
 
@@ -21,6 +22,7 @@ class FeaturePyramidEncoder(nn.Module):
         in_channels: channels of the image.
         base_channels: width c; the levels have 2c, 4c, 8c, 16c and 16c channels.
         negative_slope: slope of the LeakyReLU activations.
+        use_checkpoint: keep only the output of each level in training and compute the rest again for the gradient.
 
     Attributes:
         channels: the channels of the levels, finest first.
@@ -32,12 +34,18 @@ class FeaturePyramidEncoder(nn.Module):
     """
 
     def __init__(
-        self, spatial_dims: int = 3, in_channels: int = 1, base_channels: int = 4, negative_slope: float = 0.1
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        base_channels: int = 4,
+        negative_slope: float = 0.1,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("base_channels", base_channels)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.use_checkpoint = use_checkpoint
         c = base_channels
         self.channels = (2 * c, 4 * c, 8 * c, 16 * c, 16 * c)
         level1 = nn.Sequential(
@@ -65,6 +73,11 @@ class FeaturePyramidEncoder(nn.Module):
         """
         features = []
         for level in self.levels:
-            image = level(image)
+            if torch.jit.is_scripting():
+                image = level(image)
+            elif self.use_checkpoint and self.training:
+                image = checkpoint(level, image, use_reentrant=False)
+            else:
+                image = level(image)
             features.append(image)
         return features

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from monai.utils import ensure_tuple_rep
 
@@ -32,6 +33,8 @@ class SACBNet(nn.Module):
         negative_slope: slope of the LeakyReLU activations.
         scaled_matching: divide the feature products of the matching by the square root of the channels, as attention
             does. The paper does not; from a random start the softmax is then nearly one-hot, and training slower.
+        use_checkpoint: keep only what passes between the levels in training and compute the rest once more for the
+            gradient: less memory, more time.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -55,6 +58,7 @@ class SACBNet(nn.Module):
         num_clusters: int | Sequence[int] = 7,
         negative_slope: float = 0.1,
         scaled_matching: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -63,7 +67,8 @@ class SACBNet(nn.Module):
         clusters = ensure_tuple_rep(num_clusters, 4)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
-        self.encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope)
+        self.use_checkpoint = use_checkpoint
+        self.encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
         channels = self.encoder.channels
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
@@ -108,11 +113,23 @@ class SACBNet(nn.Module):
         images = torch.cat([x[:, : self.in_channels], x[:, self.in_channels :]])
         features = self.encoder(images)
         ddf: torch.Tensor | None = None
-        for i, estimator in enumerate(self.estimators):
-            moving, fixed = features[4 - i].chunk(2)
-            ddf = self._upsample(estimator(moving, fixed, ddf))
-        moving, fixed = features[0].chunk(2)
-        ddf = self.finest_estimator(moving, fixed, ddf)
+        for estimator in self.estimators:
+            # taken off the list, the maps of a level are freed when it is done
+            moving, fixed = features.pop().chunk(2)
+            if torch.jit.is_scripting():
+                ddf = estimator(moving, fixed, ddf)
+            elif self.use_checkpoint and self.training:
+                ddf = checkpoint(estimator, moving, fixed, ddf, use_reentrant=False)
+            else:
+                ddf = estimator(moving, fixed, ddf)
+            ddf = self._upsample(ddf)
+        moving, fixed = features.pop().chunk(2)
+        if torch.jit.is_scripting():
+            ddf = self.finest_estimator(moving, fixed, ddf)
+        elif self.use_checkpoint and self.training:
+            ddf = checkpoint(self.finest_estimator, moving, fixed, ddf, use_reentrant=False)
+        else:
+            ddf = self.finest_estimator(moving, fixed, ddf)
         for axis, size in enumerate(spatial):
             ddf = ddf.narrow(axis + 2, 0, size)
         return ddf.contiguous()
