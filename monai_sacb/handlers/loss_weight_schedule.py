@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,16 +30,17 @@ class LossWeightSchedule:
             weight holds before the first of them, the last one after the last.
 
     Raises:
-        ValueError: When the loss has no such term, or the milestones are none, do not grow or are negative.
+        ValueError: When the loss has no such term, or the milestones are none, do not grow, or are
+            out of range.
     """
 
     def __init__(self, loss: RegistrationLoss, name: str, milestones: Sequence[tuple[int, float]]) -> None:
         if name not in loss.weights:
             raise ValueError(f"the terms of the loss are {sorted(loss.weights)}, got '{name}'.")
         steps, weights = [step for step, _ in milestones], [weight for _, weight in milestones]
-        if not steps or steps != sorted(set(steps)) or not min(weights) >= 0:
+        if not steps or steps[0] < 1 or steps != sorted(set(steps)) or not all(0 <= w < math.inf for w in weights):
             raise ValueError(
-                f"milestones must be pairs of a growing step and a weight of at least 0, got {milestones}."
+                f"milestones must be growing steps from 1 with finite weights of at least 0, got {milestones}."
             )
         self.loss = loss
         self.name = name

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,10 @@ def _refine_one(
     """The same for one pair, ``(1, ...)``, without checks."""
     spatial = list(ddf.shape[2:])
     mode = "bilinear" if len(spatial) == 2 else "trilinear"
-    best, best_value, best_step = ddf, objective(moving, fixed, ddf).item(), 0
+    with torch.no_grad():
+        best, best_value, best_step = ddf, objective(moving, fixed, ddf).item(), 0
+    if not math.isfinite(best_value):
+        raise ValueError(f"the objective of the field to be refined must be finite, got {best_value}.")
     grid = [math.ceil((size - 1) / spacing) + 1 for size in spatial]
     # a mean over the neighborhood of every control point: what is finer than their grid would only alias
     pool = F.avg_pool2d if len(spatial) == 2 else F.avg_pool3d
@@ -50,10 +54,22 @@ def _refine_one(
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
-        optimizer.zero_grad()
-        value.backward()
+        # of the field alone: a similarity that has parameters of its own collects no gradients
+        (control.grad,) = torch.autograd.grad(value, control)
         optimizer.step()
     return best
+
+
+def check_refinement(
+    regularization_weight: float, iterations: int, learning_rate: float, spacing: int, patience: int
+) -> None:
+    """Refuse numbers that :py:func:`refine_ddf` cannot work with; see there."""
+    for name, number, least in (("iterations", iterations, 0), ("spacing", spacing, 1), ("patience", patience, 1)):
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}.")
+    for name, value in (("regularization_weight", regularization_weight), ("learning_rate", learning_rate)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
 
 def refine_ddf(
@@ -73,7 +89,8 @@ def refine_ddf(
 
     The field is laid down as displacements of a coarse grid of control points, linear in between, which Adam moves so
     as to lower similarity plus regularization. Every pair of a batch is treated alone. The result is the best field
-    that was seen, the given one among them: its objective is never worse than at the start.
+    that was seen, the given one among them: its objective is never worse than at the start. The same input gives the
+    same bits on a CPU; on a GPU, gradients of interpolation add up in an order that varies.
 
     Args:
         moving: ``(B, C, *spatial)``, 2-D or 3-D.
@@ -86,17 +103,19 @@ def refine_ddf(
         iterations: steps at most; 0 returns the field as it is.
         learning_rate: size of the first steps, in voxels; it falls to zero along half a cosine.
         spacing: distance of the control points in voxels.
-        patience: stop when the objective has not improved for this many steps.
+        patience: stop when the objective has not improved for this many steps, or is not finite.
 
     Returns:
         DDF of the shape and type of ``ddf``, without gradient.
 
     Raises:
-        ValueError: When shapes do not belong together, an axis has less than 5 voxels, or a number is out of its range.
+        ValueError: When shapes do not belong together, an axis has less than 5 voxels, a number is out of its range, or
+            the objective of the given field is not finite.
 
     Source: Balakrishnan et al., VoxelMorph, IEEE TMI 2019, section V (instance-specific optimization), of the field
     rather than of a network; Siebert et al., ConvexAdam, 2021, for the coarse grid of control points.
     """
+    check_refinement(regularization_weight, iterations, learning_rate, spacing, patience)
     dims = fixed.dim() - 2
     if dims not in (2, 3) or moving.shape != fixed.shape or list(ddf.shape) != [len(fixed), dims, *fixed.shape[2:]]:
         raise ValueError(
@@ -105,16 +124,6 @@ def refine_ddf(
         )
     if min(fixed.shape[2:]) < 5:
         raise ValueError(f"refinement needs at least 5 voxels along every axis, got shape {list(fixed.shape)}.")
-    for name, value, lowest in (
-        ("regularization_weight", regularization_weight, 0),
-        ("iterations", iterations, 0),
-        ("spacing", spacing, 1),
-        ("patience", patience, 1),
-    ):
-        if not value >= lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}.")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
     if iterations == 0:
         return ddf.detach()
     compare = LNCCLoss(kernel_size=5) if similarity is None else similarity

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from monai.inferers import Inferer
 
-from monai_sacb.inferers.refinement import refine_ddf
+from monai_sacb.inferers.refinement import check_refinement, refine_ddf
 
 __all__ = ["RegistrationInferer"]
 
@@ -19,23 +18,35 @@ class RegistrationInferer(Inferer):
     """
     Field of a registration network, refined for the pair at hand where this is wanted.
 
+    Whole images are compared: fields of view, by which a network may have been trained, play no part in the refinement.
+
     Args:
         iterations: steps of :py:func:`monai_sacb.inferers.refine_ddf`; 0 takes the network's field as it is.
-        refinement_args: other arguments of that function, its ``similarity`` or ``regularization_weight`` for instance.
+        similarity, regularization, regularization_weight, learning_rate, spacing, patience: as for that function.
 
     Raises:
-        ValueError: When ``iterations`` is not a whole number of at least 0.
-        TypeError: When an argument is not one of that function.
+        ValueError: When a number is out of its range.
     """
 
-    def __init__(self, iterations: int = 0, **refinement_args: Any) -> None:
+    def __init__(
+        self,
+        iterations: int = 0,
+        similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        regularization: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        regularization_weight: float = 1.0,
+        learning_rate: float = 0.3,
+        spacing: int = 2,
+        patience: int = 15,
+    ) -> None:
         super().__init__()
-        if not isinstance(iterations, int) or iterations < 0:
-            raise ValueError(f"iterations must be a whole number of at least 0, got {iterations!r}.")
-        # an unknown argument shall not wait for the first pair
-        inspect.signature(refine_ddf).bind_partial(**refinement_args)
+        check_refinement(regularization_weight, iterations, learning_rate, spacing, patience)
         self.iterations = iterations
-        self.refinement_args = refinement_args
+        self.similarity = similarity
+        self.regularization = regularization
+        self.regularization_weight = regularization_weight
+        self.learning_rate = learning_rate
+        self.spacing = spacing
+        self.patience = patience
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -53,4 +64,15 @@ class RegistrationInferer(Inferer):
         if self.iterations == 0:
             return ddf
         moving, fixed = inputs.chunk(2, 1)
-        return refine_ddf(moving, fixed, ddf, iterations=self.iterations, **self.refinement_args)
+        return refine_ddf(
+            moving,
+            fixed,
+            ddf,
+            self.similarity,
+            self.regularization,
+            self.regularization_weight,
+            self.iterations,
+            self.learning_rate,
+            self.spacing,
+            self.patience,
+        )

@@ -43,7 +43,7 @@ def _window_sum(x: torch.Tensor, kernel_size: int) -> torch.Tensor:
 
 
 class _LocalCorrelation(torch.autograd.Function):
-    """Map of the squared local correlation of two images, negative; keeps five maps for the gradient, or eight."""
+    """Map of the squared local correlation of two images, negative; keeps five maps for the gradient, or seven."""
 
     @staticmethod
     def forward(ctx: Any, pred: torch.Tensor, target: torch.Tensor, kernel_size: int, smooth: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -34,12 +35,13 @@ class RegistrationLoss(nn.Module):
         use_masks: compare the images only where both have been measured (see
             :py:class:`monai_sacb.transforms.FieldOfViewd`): for images that are cropped differently.
 
-    Raises:
-        ValueError: When a weight is negative, weights and regularizations have not the same names, or the label term is
-            wanted without ``num_labels``.
+    Attributes:
+        weights: weight of each term, named ``"similarity"``, ``"label"`` and ``"regularization"`` or as given, which
+            :py:class:`monai_sacb.handlers.LossWeightSchedule` changes.
 
-    The weights are in the dictionary ``weights``, of terms named ``"similarity"``, ``"label"`` and ``"regularization"``
-    (or as given), where :py:class:`monai_sacb.handlers.LossWeightSchedule` finds them.
+    Raises:
+        ValueError: When a weight is negative or not finite, weights and regularizations have not the same names, or the
+            label term is wanted without ``num_labels``.
 
     Source: Cheng et al., SACB-Net, CVPR 2025.
     """
@@ -57,7 +59,7 @@ class RegistrationLoss(nn.Module):
         super().__init__()
         if regularization is None:
             regularization = GradientPenaltyLoss()
-        if not isinstance(regularization, Mapping):
+        if not isinstance(regularization, (Mapping, nn.ModuleDict)):
             regularization = {"regularization": regularization}
         if not isinstance(regularization_weight, Mapping):
             regularization_weight = {"regularization": regularization_weight}
@@ -68,12 +70,14 @@ class RegistrationLoss(nn.Module):
             )
         self.weights = {"similarity": 1.0, **regularization_weight, "label": label_weight}
         for name, weight in self.weights.items():
-            if not weight >= 0:
-                raise ValueError(f"the weight of {name} must not be negative, got {weight}.")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of {name} must be finite and not negative, got {weight}.")
         if label_weight > 0 and not num_labels:
             raise ValueError(f"the label term needs num_labels of at least 1, got {num_labels}.")
         self.similarity = LNCCLoss() if similarity is None else similarity
-        self.regularization = nn.ModuleDict(regularization)
+        self.regularization_names = list(regularization)
+        # a list, unlike a dictionary of modules, takes terms of any name
+        self.regularizations = nn.ModuleList(regularization.values())
         self.label = DiceLoss(include_background=False) if label is None else label
         self.num_labels = num_labels
         self.use_masks = use_masks
@@ -101,12 +105,14 @@ class RegistrationLoss(nn.Module):
             mask = target["fixed_field_of_view"] * warp(target["moving_field_of_view"], pred.detach(), mode="nearest")
             warped, fixed = warped * mask, fixed * mask
         loss = self.weights["similarity"] * self.similarity(warped, fixed)
-        for name, term in self.regularization.items():
+        for name, term in zip(self.regularization_names, self.regularizations):
             if self.weights[name] > 0:
                 loss = loss + self.weights[name] * term(pred)
         if self.weights["label"] > 0:
             missing = [key for key in ("moving_label", "fixed_label") if key not in target]
-            if missing or self.num_labels is None:
+            if self.num_labels is None:
+                raise ValueError(f"the label term needs num_labels of at least 1, got {self.num_labels}.")
+            if missing:
                 raise ValueError(f"the label term of the loss needs labels, but the batch has no {missing}.")
             moving_maps, fixed_maps = (
                 one_hot(target[key], self.num_labels + 1) for key in ("moving_label", "fixed_label")

@@ -220,13 +220,31 @@ def test_hippocampus_overlay(workflow: Make, label_weight: float, gradient: floa
 
     for handler in flow.parser.get_parsed_content("train#handlers"):
         if isinstance(handler, LossWeightSchedule):
-            handler(SimpleNamespace(state=SimpleNamespace(iteration=450)))
+            handler(SimpleNamespace(state=SimpleNamespace(iteration=2)))
             seen.append(dict(loss.weights))
             break
     trainer.run()
-    assert [weights["bending"] for weights in seen] == [bending / 2, 0.0]
+    assert [weights["bending"] for weights in seen] == [bending, 0.0]
     assert all(weights["gradient"] == gradient and weights["label"] == label_weight for weights in seen)
     assert all(estimator.matching.scale < 1 for estimator in flow.parser.get_parsed_content("network").estimators)
+
+
+@pytest.mark.parametrize(("max_epochs", "batch_size"), [(75, 1), (4, 3), (1, 1)])
+def test_bending_grows_with_the_length_of_the_training(workflow: Make, max_epochs: int, batch_size: int) -> None:
+    options = {"max_epochs": max_epochs, "batch_size": batch_size, "pairs_per_epoch": 20, "bending_weight": 0.4}
+    flow = workflow("train", "data_hippocampus", regularization_weight=0.3, **options)
+    assert flow.parser.get_parsed_content("loss").weights["gradient"] == 0.3
+    (schedule,) = (
+        handler
+        for handler in flow.parser.get_parsed_content("train#handlers")
+        if isinstance(handler, LossWeightSchedule)
+    )
+    total = max_epochs * {1: 20, 3: 7}[batch_size]
+    weights = []
+    for iteration in (1, total // 15, 2 + total * 8 // 15, total):
+        schedule(SimpleNamespace(state=SimpleNamespace(iteration=iteration)))
+        weights.append(schedule.loss.weights["bending"])
+    assert weights == pytest.approx([0, 0, 0.4, 0.4])
 
 
 @pytest.mark.parametrize("folder", [".", "bundle"])

@@ -10,11 +10,14 @@ from monai_sacb.losses import RegistrationLoss
 
 ILL_CASES = [
     ({"name": "bending"}, r"\['label', 'regularization', 'similarity'\], got 'bending'"),
-    ({"milestones": []}, r"growing step and a weight of at least 0, got \[\]"),
-    ({"milestones": [(5, 0.0), (5, 1.0)]}, r"growing step"),
-    ({"milestones": [(5, 0.0), (3, 1.0)]}, r"growing step"),
-    ({"milestones": [(5, -1.0)]}, r"weight of at least 0, got \[\(5, -1\.0\)\]"),
-    ({"milestones": [(5, float("nan"))]}, r"weight of at least 0"),
+    ({"milestones": []}, r"finite weights of at least 0, got \[\]"),
+    ({"milestones": [(5, 0.0), (5, 1.0)]}, r"growing steps from 1"),
+    ({"milestones": [(5, 0.0), (3, 1.0)]}, r"growing steps from 1"),
+    ({"milestones": [(5, -1.0)]}, r"weights of at least 0, got \[\(5, -1\.0\)\]"),
+    ({"milestones": [(5, float("nan"))]}, r"weights of at least 0"),
+    ({"milestones": [(1, 1.0), (5, float("nan"))]}, r"weights of at least 0"),
+    ({"milestones": [(1, 1.0), (5, float("inf"))]}, r"weights of at least 0"),
+    ({"milestones": [(0, 1.0)]}, r"growing steps from 1"),
 ]
 
 

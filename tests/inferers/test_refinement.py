@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,18 @@ TEST_CASES = [
 ]
 
 ILL_ARGUMENTS = [
-    ({"iterations": -1}, "iterations must be at least 0, got -1"),
-    ({"spacing": 0}, "spacing must be at least 1, got 0"),
-    ({"patience": 0}, "patience must be at least 1, got 0"),
-    ({"regularization_weight": -0.5}, r"regularization_weight must be at least 0, got -0\.5"),
-    ({"regularization_weight": float("nan")}, "regularization_weight must be at least 0, got nan"),
-    ({"learning_rate": 0.0}, r"learning_rate must be positive, got 0\.0"),
+    ({"iterations": -1}, "iterations must be a whole number of at least 0, got -1"),
+    ({"iterations": 2.5}, r"iterations must be a whole number of at least 0, got 2\.5"),
+    ({"iterations": "many"}, "iterations must be a whole number of at least 0, got 'many'"),
+    ({"iterations": None}, "iterations must be a whole number of at least 0, got None"),
+    ({"iterations": True}, "iterations must be a whole number of at least 0, got True"),
+    ({"spacing": 0}, "spacing must be a whole number of at least 1, got 0"),
+    ({"spacing": 2.5}, r"spacing must be a whole number of at least 1, got 2\.5"),
+    ({"patience": 0}, "patience must be a whole number of at least 1, got 0"),
+    ({"regularization_weight": -0.5}, r"regularization_weight must be a finite number of at least 0, got -0\.5"),
+    ({"regularization_weight": float("nan")}, "regularization_weight must be a finite number of at least 0, got nan"),
+    ({"learning_rate": float("inf")}, "learning_rate must be a finite number of at least 0, got inf"),
+    ({"learning_rate": "fast"}, "learning_rate must be a finite number of at least 0, got 'fast'"),
 ]
 
 # shapes of moving, fixed and ddf, message
@@ -123,8 +130,28 @@ def test_patience_stops() -> None:
 
 def test_objective_that_is_not_finite_stops() -> None:
     moving, fixed, true = make_pair((20, 22))
-    ddf = refine_ddf(moving, fixed, true, similarity=lambda warped, fixed: warped.sum() * float("nan"))
-    assert torch.equal(ddf, true)
+    values = iter([1.0, 0.5, float("nan"), 0.0])
+    ddf = refine_ddf(moving, fixed, 0 * true, similarity=lambda warped, fixed: 0 * warped.sum() + next(values))
+    # the start, the first field, and the second, after which there is no more
+    assert next(values) == 0.0
+    assert torch.equal(ddf, 0 * true)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_a_start_that_is_not_finite(value: float) -> None:
+    moving, fixed, true = make_pair((20, 22))
+    moving[0, 0, 3, 4] = value
+    with pytest.raises(ValueError, match="the objective of the field to be refined must be finite, got nan"):
+        refine_ddf(moving, fixed, true)
+
+
+def test_parameters_of_the_similarity_are_left_alone() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    features = torch.nn.Conv2d(1, 2, 3)
+    ddf = refine_ddf(
+        moving, fixed, 0 * true, lambda a, b: (features(a) - features(b)).square().mean(), regularization_weight=0.0
+    )
+    assert features.weight.grad is None and ddf.abs().max() > 0.05
 
 
 def test_own_terms_and_weight() -> None:
@@ -152,6 +179,8 @@ def test_without_gradients_around(context: Any) -> None:
 def test_ill_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refine_ddf(*make_pair((8, 9)), **arguments)
+    with pytest.raises(ValueError, match=message):
+        RegistrationInferer(**arguments)
 
 
 @pytest.mark.parametrize(("moving", "fixed", "ddf", "message"), ILL_SHAPES)
@@ -177,12 +206,5 @@ def test_inferer() -> None:
     assert (refined - 0.5 * true).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("iterations", [-3, 2.5, "many", None])
-def test_inferer_refuses(iterations: Any) -> None:
-    with pytest.raises(ValueError, match=f"iterations must be a whole number of at least 0, got {iterations!r}"):
-        RegistrationInferer(iterations=iterations)
-
-
-def test_inferer_refuses_an_unknown_argument() -> None:
-    with pytest.raises(TypeError, match="speed"):
-        RegistrationInferer(iterations=3, speed=1)
+def test_inferer_takes_whole_numbers_of_numpy() -> None:
+    assert RegistrationInferer(np.int64(3), spacing=np.int32(2)).iterations == 3

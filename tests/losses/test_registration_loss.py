@@ -16,12 +16,13 @@ from monai.losses import BendingEnergyLoss, DiceCELoss
 from monai_sacb.losses import GradientPenaltyLoss, LNCCLoss, RegistrationLoss
 
 ILL_CASES = [
-    ({"regularization_weight": -1.0}, r"the weight of regularization must not be negative, got -1\.0"),
-    ({"regularization_weight": float("nan")}, r"the weight of regularization must not be negative, got nan"),
-    ({"label_weight": -0.5}, r"the weight of label must not be negative, got -0\.5"),
+    ({"regularization_weight": -1.0}, r"the weight of regularization must be finite and not negative, got -1\.0"),
+    ({"regularization_weight": float("nan")}, r"the weight of regularization must be finite and not negative, got nan"),
+    ({"label_weight": -0.5}, r"the weight of label must be finite and not negative, got -0\.5"),
     ({"regularization": {"a": nn.Identity()}}, r"the same names.*got \['a'\] and \['regularization'\]"),
     ({"regularization_weight": {"b": 1.0}}, r"the same names.*got \['regularization'\] and \['b'\]"),
     ({"regularization": {"label": nn.Identity()}, "regularization_weight": {"label": 1}}, r"other than similarity"),
+    ({"label_weight": float("inf")}, r"the weight of label must be finite and not negative, got inf"),
     ({"label_weight": 1.0}, r"num_labels of at least 1, got None"),
     ({"label_weight": 1.0, "num_labels": 0}, r"num_labels of at least 1, got 0"),
 ]
@@ -135,6 +136,21 @@ def test_several_regularizations() -> None:
     assert loss(ddf, data).item() == pytest.approx(alone + 3 * ddf.abs().mean().item(), rel=1e-5)
     loss.weights["size"] = 0.0
     assert loss(ddf, data).item() == pytest.approx(alone, rel=1e-6)
+
+
+def test_names_and_containers_of_regularizations() -> None:
+    data, ddf = batch_of(1, (10, 11)), field(1, (10, 11))
+    expected = RegistrationLoss(Difference(), Size(), 3.0)(ddf, data)
+    for terms in ({"type": Size()}, {"a.b": Size()}, nn.ModuleDict({"size": Size()})):
+        loss = RegistrationLoss(Difference(), terms, dict.fromkeys(terms, 3.0))
+        assert torch.equal(loss(ddf, data), expected)
+
+
+def test_label_term_switched_on_later_needs_the_number() -> None:
+    loss = RegistrationLoss()
+    loss.weights["label"] = 1.0
+    with pytest.raises(ValueError, match="num_labels of at least 1, got None"):
+        loss(field(1, (8, 8)), batch_of(1, (8, 8)))
 
 
 def test_gradient_of_every_term() -> None:

@@ -275,6 +275,13 @@ def test_inertia_of_ten_random_starts_always() -> None:
     assert max(excess) <= 0.02
 
 
+def test_more_clusters_than_the_contest_has_points() -> None:
+    points = random_points(1, 5000, 3)
+    labels, centroids = kmeans(points, 1500, num_starts=2)
+    assert labels.unique().numel() > 1400
+    assert inertia(points[0].numpy(), centroids[0].numpy()) < 0.01 * float(points.square().sum())
+
+
 def test_starts_compete() -> None:
     by_seed = [
         [inertia(p, kmeans(torch.from_numpy(p)[None], 7, num_starts=number)[1][0].numpy()) for number in (1, 8)]

@@ -406,6 +406,22 @@ def test_some_steps_of_training_lower_the_loss() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_weights_bring_their_scale_along() -> None:
+    """A setting without parameters must not be lost between training and use."""
+    x, scaled, plain = pair(1, 1, (32, 48)), make_net(spatial_dims=2, scaled_matching=True), make_net(spatial_dims=2)
+    state = scaled.state_dict()
+    assert (plain(x) - scaled(x)).abs().max() > 0.1
+    plain.load_state_dict(state)
+    assert torch.equal(plain(x), scaled(x))
+    # weights without it, as of the original implementation, are of the paper's network
+    older = {name: value for name, value in state.items() if not name.endswith("scale")}
+    scaled.load_state_dict(older)
+    assert (plain(x) - scaled(x)).abs().max() > 0.1
+    assert all(estimator.matching.scale == 1 for estimator in scaled.estimators)
+    assert len(older) == len(state) - 4
+
+
 def test_state_dict() -> None:
     net, x = make_net(base_channels=2), pair(1, 1, (32, 32, 32))
     torch.manual_seed(99)

@@ -119,7 +119,14 @@ class SimilarityMatching(nn.Module):
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a positive number, got {scale}.")
         self.window = window
-        self.scale = float(scale)
+        # part of the state: weights that were trained with one scale are worth nothing with another
+        self.scale: torch.Tensor
+        self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a state without it is one of the paper's network
+        state_dict.setdefault(f"{prefix}scale", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """
@@ -139,8 +146,7 @@ class SimilarityMatching(nn.Module):
                 f"moving and fixed features must have one shape (B, C, *spatial), got {list(moving.shape)} and "
                 f"{list(fixed.shape)}."
             )
-        if self.scale != 1.0:
-            fixed = fixed * self.scale
+        fixed = fixed * self.scale
         if torch.jit.is_scripting():
             return _expected_offset(moving, fixed, self.window)
         if is_traced() or not fixed.is_cpu or fixed.dim() == 3:

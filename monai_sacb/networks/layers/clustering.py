@@ -27,8 +27,8 @@ def _is_recorded() -> bool:
 
 
 def _chunks(points: torch.Tensor) -> list[torch.Tensor]:
-    """The points in portions that stay in the cache; a recording, which would unroll them, takes them all at once."""
-    if _is_recorded():
+    """The points in portions that stay in a CPU's cache; a recording, which would unroll them, takes all at once."""
+    if not points.is_cpu or _is_recorded():
         return [points]
     return points.split(max(1, (1 << 20) // (points.element_size() * points.shape[2])), 1)
 
@@ -57,10 +57,12 @@ def _take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return points.gather(1, index.unsqueeze(2).expand(-1, -1, points.shape[2]))
 
 
-def _lots(num_points: int, start: int, draw: int, device: torch.device) -> torch.Tensor:
-    """Numbers in (0, 1) that look drawn by lot, the same every time: ``(num_points,)``."""
+def _lots(num_points: int, num_starts: int, num_draws: int, device: torch.device) -> torch.Tensor:
+    """Numbers in (0, 1) that look drawn by lot, the same every time: ``(num_draws, num_points, num_starts)``."""
     prime = 1048573
-    index = torch.arange(num_points, device=device)
+    index = torch.arange(num_points, device=device).view(1, -1, 1)
+    start = torch.arange(num_starts, device=device).view(1, 1, -1)
+    draw = torch.arange(num_draws, device=device).view(-1, 1, 1)
     state = (index * 7919 + (1009 * start + draw + 1) * 104729) % prime
     for _ in range(3):
         state = (state * state + index + 1) % prime
@@ -73,19 +75,20 @@ def _seeds(points: torch.Tensor, num_clusters: int, num_starts: int) -> torch.Te
 
     The first start takes the point farthest from the mean, then again and again the point farthest from all seeds so
     far. The others follow k-means++ (Arthur and Vassilvitskii, SODA 2007), with lots that are always the same: a point
-    is drawn with a chance in proportion to its squared distance from the seeds so far.
+    is drawn with a chance in proportion to its squared distance from the seeds so far, at first from the mean.
     """
     num_points = points.shape[1]
     squares = points.square().sum(2, keepdim=True)
+    # the largest of distance / exponential lot falls on each point in proportion to its distance
+    lots = -1.0 / _lots(num_points, num_starts, num_clusters, points.device).log()
+    # the first start takes the largest distance itself
+    lots[:, :, 0] = 1.0
+    lots = lots.to(points.dtype)
     # (B, N, R)
     distance = (points - points.mean(1, keepdim=True)).square().sum(2, keepdim=True).expand(-1, -1, num_starts)
     seeds: list[torch.Tensor] = []
     for draw in range(num_clusters):
-        # the largest of distance / exponential lot falls on each point in proportion to its distance
-        weights = [torch.ones([num_points], device=points.device)]
-        for start in range(1, num_starts):
-            weights.append(-1.0 / _lots(num_points, start, draw, points.device).log())
-        index = (distance * torch.stack(weights, 1).to(points.dtype)).argmax(1)
+        index = (distance * lots[draw]).argmax(1)
         seed = _take(points, index)
         seeds.append(seed)
         to_seed = (_scores(points, seed) + squares).clamp(min=0.0)
@@ -177,7 +180,8 @@ def _kmeans_float32(
     offset = points.mean(1, keepdim=True)
     points -= offset
     sample = _every(points, subsample_size)
-    contest = _every(points, min(subsample_size, 1024))
+    # enough points for every cluster
+    contest = _every(points, min(subsample_size, max(1024, 8 * num_clusters)))
     seeds = _seeds(contest, num_clusters, num_starts)
     centroids = seeds[:, 0] if num_starts == 1 else _best_start(contest, seeds)
     centroids = _lloyd(sample, centroids, subsample_passes, tol)

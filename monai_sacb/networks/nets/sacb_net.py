@@ -32,9 +32,10 @@ class SACBNet(nn.Module):
         num_clusters: clusters of the blocks, one number or one for each of the levels 2, 3, 4 and 5.
         negative_slope: slope of the LeakyReLU activations.
         scaled_matching: divide the feature products of the matching by the square root of the channels, as attention
-            does. The paper does not; from a random start the softmax is then nearly one-hot, and training slower.
-        use_checkpoint: keep only what passes between the levels in training and compute the rest once more for the
-            gradient: less memory, more time.
+            does; the paper does not. Undivided, they make the softmax of a random start nearly one-hot, and training
+            slower. The setting is part of the state: weights bring along what they were trained with.
+        use_checkpoint: keep only what passes between the levels in training and compute the rest, the clustering
+            too, once more for the gradient: less memory, more time.
 
     Raises:
         ValueError: When an argument is out of its range.
