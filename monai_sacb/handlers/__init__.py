@@ -9,6 +9,7 @@ from .pair_metric import PairMetric
 from .pair_saver import PairSaver
 from .registration_figure import RegistrationFigure
 from .registration_table import RegistrationTable
+from .stop_on_divergence import StopOnDivergence
 
 __all__ = [
     "BestModelSaver",
@@ -19,5 +20,6 @@ __all__ = [
     "PairSaver",
     "RegistrationFigure",
     "RegistrationTable",
+    "StopOnDivergence",
     "TrainingCheckpoint",
 ]

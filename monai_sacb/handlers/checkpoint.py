@@ -16,7 +16,7 @@ from torch import nn
 
 from monai.engines import Workflow
 
-from monai_sacb.utils import compare_states, read_checkpoint, replacing
+from monai_sacb.utils import compare_states, not_finite, read_checkpoint, replacing
 
 __all__ = ["BestModelSaver", "LoadWeights", "TrainingCheckpoint"]
 
@@ -45,6 +45,9 @@ def _load_state(network: nn.Module, state: Any, path: str | os.PathLike[str]) ->
     difference = compare_states(unwrapped_state(network), state)
     if difference is not None:
         raise ValueError(f"'{path}' holds the weights of another network: {difference}.")
+    broken = not_finite(state)
+    if broken:
+        raise ValueError(f"'{path}' has NaN or infinite values in {len(broken)} tensors ({', '.join(broken[:3])}).")
     unwrapped(network).load_state_dict(state)
 
 
@@ -58,7 +61,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: When there is no such file.
-        ValueError: When it is not a state dict, or that of another network.
+        ValueError: When it is not a state dict, or that of another network, or has values that are not finite.
     """
     state = read_checkpoint(path)
     if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
@@ -96,7 +99,7 @@ class BestModelSaver:
 
     Args:
         path: the file; written to a temporary name and renamed.
-        network: the network.
+        network: the network. Weights that are not finite are refused with a ``ValueError``.
     """
 
     def __init__(self, path: str | os.PathLike[str], network: nn.Module) -> None:
@@ -112,7 +115,14 @@ class BestModelSaver:
         best = engine.state.best_metric
         is_best = engine.state.metrics.get(engine.state.key_metric_name) == best
         if is_best and best != self._saved:
-            save_atomically(unwrapped_state(self.network), self.path)
+            state = unwrapped_state(self.network)
+            broken = not_finite(state)
+            if broken:
+                raise ValueError(
+                    f"the training has diverged: {len(broken)} tensors of the network have NaN or infinite values "
+                    f"({', '.join(broken[:3])})."
+                )
+            save_atomically(state, self.path)
             self._saved = best
 
     def restored(self, best: float) -> None:

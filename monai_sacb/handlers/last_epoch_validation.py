@@ -35,5 +35,5 @@ class LastEpochValidation:
 
     def __call__(self, engine: Workflow) -> None:
         """Validate, if this is the last epoch and the interval leaves it out."""
-        if engine.state.epoch == engine.state.max_epochs and engine.state.epoch % self.interval != 0:
+        if engine.state.epoch >= engine.state.max_epochs and engine.state.epoch % self.interval != 0:
             self.validator.run(engine.state.epoch)

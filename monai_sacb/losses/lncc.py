@@ -20,18 +20,15 @@ def _line_sum(x: torch.Tensor, kernel_size: int, axis: int) -> torch.Tensor:
     padding = [0] * (2 * (x.dim() - axis))
     padding[-2:] = [kernel_size // 2] * 2
     part = F.pad(x, padding)
-    total: torch.Tensor | None = None
-    start, span = 0, 1
-    while span <= kernel_size:
-        if kernel_size & span:
-            piece = part.narrow(axis, start, size)
-            total = piece if total is None else total + piece
-            start += span
+    # the window is an odd number: one value, and a power of two for each further digit of its binary form
+    total, start, span = part.narrow(axis, 0, size), 1, 1
+    while 2 * span <= kernel_size:
+        length = part.shape[axis] - span
+        part = part.narrow(axis, 0, length) + part.narrow(axis, span, length)
         span *= 2
-        if span <= kernel_size:
-            length = part.shape[axis] - span // 2
-            part = part.narrow(axis, 0, length) + part.narrow(axis, span // 2, length)
-    assert total is not None  # for the type checker: an odd number has its lowest bit
+        if kernel_size & span:
+            total = total + part.narrow(axis, start, size)
+            start += span
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import nn
@@ -70,9 +71,9 @@ class RegistrationLoss(nn.Module):
             )
         self.weights = {"similarity": 1.0, **regularization_weight, "label": label_weight}
         for name, weight in self.weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"the weight of {name} must be finite and not negative, got {weight}.")
-        if label_weight > 0 and not num_labels:
+            if not isinstance(weight, Real) or not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of {name} must be a finite number of at least 0, got {weight!r}.")
+        if self.weights["label"] > 0 and not num_labels:
             raise ValueError(f"the label term needs num_labels of at least 1, got {num_labels}.")
         self.similarity = LNCCLoss() if similarity is None else similarity
         self.regularization_names = list(regularization)

@@ -111,7 +111,7 @@ def load_official_checkpoint(path: str | os.PathLike[str], num_clusters: int | S
         what = f"unknown parameter '{foreign[0]}'" if foreign else "no encoder.conv0.0.conv.weight of a 3-D convolution"
         raise ValueError(f"'{path}' is not a SACB-Net checkpoint in the original layout: {what}.")
     net = SACBNet(spatial_dims=3, in_channels=first.shape[1], base_channels=first.shape[0], num_clusters=num_clusters)
-    difference = compare_states(net.state_dict(), renamed)
+    difference = compare_states(dict(net.named_parameters()), renamed)
     if difference is not None:
         raise ValueError(f"'{path}' is not a complete SACB-Net checkpoint in the original layout: {difference}.")
     net.load_state_dict(renamed)

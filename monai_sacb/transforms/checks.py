@@ -22,7 +22,7 @@ def _name(key: Hashable, image: Any) -> str:
 
 class CheckVolumed(MapTransform):
     """
-    Refuse images that registration cannot work with: of other dimensions than the network's, or not finite.
+    Refuse images that registration cannot work with: of other dimensions than the network's, empty, or not finite.
 
     Args:
         keys: images ``(C, *spatial)``.
@@ -31,7 +31,8 @@ class CheckVolumed(MapTransform):
         allow_missing_keys: whether a key may be absent.
 
     Raises:
-        ValueError: When an image has another number of dimensions or channels, or NaN or infinite voxels.
+        ValueError: When an image has another number of dimensions or channels, no voxels, NaN or infinite voxels, or an
+            affine that cannot be inverted.
     """
 
     def __init__(
@@ -63,6 +64,12 @@ class CheckVolumed(MapTransform):
                 raise ValueError(
                     f"{_name(key, image)} has {image.shape[0]} channels; the network needs {self.in_channels}."
                 )
+            if 0 in spatial:
+                raise ValueError(f"{_name(key, image)} has no voxels: its size is {spatial}.")
+            if isinstance(image, MetaTensor):
+                affine = torch.as_tensor(image.affine, dtype=torch.float64)
+                if not bool(torch.isfinite(affine).all()) or float(torch.linalg.det(affine)) == 0:
+                    raise ValueError(f"{_name(key, image)} has an affine that cannot be inverted: {affine.tolist()}.")
             bad = int((~torch.isfinite(torch.as_tensor(image))).sum())
             if bad:
                 raise ValueError(f"{_name(key, image)} has {bad} NaN or infinite voxels.")

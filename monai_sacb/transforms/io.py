@@ -14,7 +14,18 @@ from monai.transforms import LoadImaged
 
 __all__ = ["LoadVolumed"]
 
-_UNREADABLE = (OSError, EOFError, RuntimeError, TypeError, ValueError, zlib.error, ImageFileError)
+# MemoryError and OverflowError: a header that promises more than there is
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+    ImageFileError,
+)
 
 
 class LoadVolumed(LoadImaged):

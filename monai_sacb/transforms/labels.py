@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -50,17 +51,26 @@ class SelectLabelsd(MapTransform):
         keys: label maps.
         label_ids: the label values.
         allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When a label value is not a whole number, or as :py:func:`number_labels`, with the file's name.
     """
 
     def __init__(self, keys: KeysCollection, label_ids: Sequence[int], allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
+        if any(isinstance(label_id, bool) or not isinstance(label_id, Integral) for label_id in label_ids):
+            raise ValueError(f"label_ids must be whole numbers, got {list(label_ids)}.")
         self.label_ids = [int(label_id) for label_id in label_ids]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key in self.key_iterator(data):
             label = data[key]
-            result[key] = number_labels(label, self.label_ids)
+            try:
+                result[key] = number_labels(label, self.label_ids)
+            except ValueError as error:
+                filename = label.meta.get("filename_or_obj", "") if isinstance(label, MetaTensor) else ""
+                raise ValueError(f"{key} '{filename}': {error}") from error
             if isinstance(result[key], MetaTensor):
                 found = torch.unique(label.as_tensor()).tolist()
                 result[key].meta["label_ids"] = " ".join(str(int(value)) for value in found)

@@ -29,10 +29,13 @@ def save_displacement(displacement: torch.Tensor, affine: torch.Tensor, path: st
         path: the file, ``.nii`` or ``.nii.gz``; written to a temporary name and renamed.
 
     Raises:
-        ValueError: When the shape is not that of a 3-D field.
+        ValueError: When the shape is not that of a 3-D field, or values are not finite.
     """
     if displacement.dim() != 4 or displacement.shape[0] != 3:
         raise ValueError(f"displacement must have shape (3, D, H, W), got {list(displacement.shape)}.")
+    bad = int((~torch.isfinite(displacement)).sum())
+    if bad:
+        raise ValueError(f"displacement must be finite, got {bad} NaN or infinite values.")
     # NIfTI keeps the components of a vector in the fifth axis
     vectors = np.moveaxis(displacement.detach().cpu().numpy().astype(np.float32), 0, -1)[:, :, :, None, :]
     image = nib.Nifti1Image(vectors, np.asarray(affine))
@@ -98,6 +101,10 @@ class SaveRegistrationd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         folder = self._folder(data[self.moving_key], data[self.fixed_key])
+        if self.displacement_key in data:
+            # first, since it looks at what it is given
+            displacement = data[self.displacement_key]
+            save_displacement(displacement.as_tensor(), displacement.affine, folder / "displacement.nii.gz")
         if self.image_key in data:
             image = data[self.image_key]
             _save_image(image.detach().cpu().numpy(), image.affine, folder / "warped.nii.gz")
@@ -108,7 +115,4 @@ class SaveRegistrationd(Transform):
                 array = np.array([0, *self.label_ids])[array]
             small = np.uint8 if array.min() >= 0 and array.max() < 256 else np.int32
             _save_image(array.astype(small), label.affine, folder / "warped_label.nii.gz")
-        if self.displacement_key in data:
-            displacement = data[self.displacement_key]
-            save_displacement(displacement.as_tensor(), displacement.affine, folder / "displacement.nii.gz")
         return dict(data)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["compare_states", "read_checkpoint"]
+__all__ = ["compare_states", "not_finite", "read_checkpoint"]
 
 # what torch.load raises for a file that is not one, is cut short, or would run code
 _UNREADABLE = (
@@ -50,6 +50,13 @@ def read_checkpoint(path: str | os.PathLike[str], safe_globals: Sequence[Any] = 
             return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ValueError(f"'{path}' is not a readable checkpoint of tensors and numbers.") from error
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors of a state dict that hold NaN or infinite values, sorted."""
+    return sorted(
+        name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    )
 
 
 def compare_states(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str | None:

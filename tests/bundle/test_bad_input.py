@@ -82,7 +82,7 @@ PAIR_CASES = [
     ("short", "good", "cannot read image '.*short.nii.gz'"),
     ("flat", "good", r"flat.nii.gz' is a 2-D image of size .*needs 3-D images"),
     ("slice", "good", r"slice.nii.gz' is a 2-D image of size .*needs 3-D images"),
-    ("channels", "good", "channels.nii.gz' has 2 channels, but fixed_image '.*good.nii.gz' has 1"),
+    ("channels", "good", "channels.nii.gz' has 2 channels; the network needs 1"),
     ("good", "nan", "nan.nii.gz' has 1 NaN or infinite voxels"),
     ("infinite", "good", "infinite.nii.gz' has 1 NaN or infinite voxels"),
 ]

@@ -200,6 +200,25 @@ def test_evaluate_with_refinement(workflow: Make, tmp_path: Path) -> None:
     assert dice[1] > dice[0] + 0.02
 
 
+def test_diverging_training_ends_with_a_sentence(workflow: Make, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        workflow("train", learning_rate=1e30, pairs_per_epoch=4).run()
+    assert "the training has diverged: the loss of step" in str(caught.value) + str(caught.value.__cause__)
+    assert not (tmp_path / "output" / "model.pt").exists()
+
+
+def test_nearly_empty_images_are_scaled(workflow: Make, tmp_path: Path) -> None:
+    """Where the two percentiles coincide too, intensities come to lie between 0 and 1."""
+    array = np.zeros((20, 21, 22), dtype=np.float32)
+    array[4:6, 5:7, 6:8] = 3000
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "sparse.nii.gz")
+    for name, kind in (("train", "train"), ("inference", "infer")):
+        flow = workflow(name, workflow_type=kind)
+        key = "train#preprocessing" if name == "train" else "preprocessing"
+        image = flow.parser.get_parsed_content(key)({"image": str(tmp_path / "sparse.nii.gz")})["image"]
+        assert image.min() == 0 and image.max() == 1 and (image == 1).sum() == 8
+
+
 @pytest.mark.parametrize(("label_weight", "gradient", "bending"), [(0.0, 0.1, 1.0), (2.0, 0.5, 0.0)])
 def test_hippocampus_overlay(workflow: Make, label_weight: float, gradient: float, bending: float) -> None:
     """On the sample, whose labels stand in for those of the hippocampus."""

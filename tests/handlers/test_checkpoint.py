@@ -8,6 +8,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -473,6 +474,17 @@ def test_best_weights_are_kept(tmp_path: Path, values: list[float], expected: li
     assert os.listdir(path.parent) == ["model.pt"]
 
 
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    network = small()
+    saver = BestModelSaver(tmp_path / "model.pt", network)
+    state = SimpleNamespace(best_metric=1.0, metrics={"dice": 1.0}, key_metric_name="dice")
+    with torch.no_grad():
+        network[0].weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"diverged: 1 tensors of the network have NaN .*0\.weight"):
+        saver(SimpleNamespace(state=state))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_same_value_again_is_not_written_again(tmp_path: Path) -> None:
     network = Constant()
     evaluator = constant_evaluator(network, BestModelSaver(tmp_path / "model.pt", network))
@@ -603,6 +615,12 @@ def renamed(state: dict[str, Any]) -> dict[str, Any]:
     return {f"module.{name}": value for name, value in state.items()}
 
 
+def spoilt(value: float) -> dict[str, torch.Tensor]:
+    state = dict(small().state_dict())
+    state["1.bias"] = torch.full_like(state["1.bias"], value)
+    return state
+
+
 # what is in the file, exception, message
 ILL_WEIGHTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "missing": (lambda p: None, FileNotFoundError, r"w\.pt'"),
@@ -641,6 +659,12 @@ ILL_WEIGHTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         r"w\.pt'.* another network: 2 .*missing.*1\.bias, 1\.weight",
     ),
+    "NaN": (
+        lambda p: torch.save(spoilt(float("nan")), p),
+        ValueError,
+        r"w\.pt' has NaN or infinite values in 1 tensors \(1\.bias\)",
+    ),
+    "infinite": (lambda p: torch.save({"network": spoilt(float("inf"))}, p), ValueError, r"w\.pt' has NaN or infinite"),
     "other names": (
         lambda p: torch.save(renamed(dict(small().state_dict())), p),
         ValueError,

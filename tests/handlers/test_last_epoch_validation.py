@@ -18,7 +18,9 @@ class Validator:
         self.epochs.append(epoch)
 
 
-@pytest.mark.parametrize("interval, epochs, expected", [(5, 2, [2]), (2, 5, [5]), (2, 4, []), (1, 3, []), (3, 3, [])])
+@pytest.mark.parametrize(
+    "interval, epochs, expected", [(5, 2, [2]), (2, 5, [5]), (2, 4, []), (1, 3, []), (3, 3, []), (4, 1.5, [2])]
+)
 def test_runs_where_the_interval_leaves_the_last_epoch_out(interval: int, epochs: int, expected: list[int]) -> None:
     validator = Validator()
     trainer = Engine(lambda engine, batch: None)

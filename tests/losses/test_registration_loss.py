@@ -16,13 +16,20 @@ from monai.losses import BendingEnergyLoss, DiceCELoss
 from monai_sacb.losses import GradientPenaltyLoss, LNCCLoss, RegistrationLoss
 
 ILL_CASES = [
-    ({"regularization_weight": -1.0}, r"the weight of regularization must be finite and not negative, got -1\.0"),
-    ({"regularization_weight": float("nan")}, r"the weight of regularization must be finite and not negative, got nan"),
-    ({"label_weight": -0.5}, r"the weight of label must be finite and not negative, got -0\.5"),
+    ({"regularization_weight": -1.0}, r"of regularization must be a finite number of at least 0, got -1\.0"),
+    (
+        {"regularization_weight": float("nan")},
+        r"the weight of regularization must be a finite number of at least 0, got nan",
+    ),
+    ({"label_weight": -0.5}, r"the weight of label must be a finite number of at least 0, got -0\.5"),
     ({"regularization": {"a": nn.Identity()}}, r"the same names.*got \['a'\] and \['regularization'\]"),
     ({"regularization_weight": {"b": 1.0}}, r"the same names.*got \['regularization'\] and \['b'\]"),
     ({"regularization": {"label": nn.Identity()}, "regularization_weight": {"label": 1}}, r"other than similarity"),
-    ({"label_weight": float("inf")}, r"the weight of label must be finite and not negative, got inf"),
+    (
+        {"regularization_weight": "abc"},
+        r"the weight of regularization must be a finite number of at least 0, got 'abc'",
+    ),
+    ({"label_weight": float("inf")}, r"the weight of label must be a finite number of at least 0, got inf"),
     ({"label_weight": 1.0}, r"num_labels of at least 1, got None"),
     ({"label_weight": 1.0, "num_labels": 0}, r"num_labels of at least 1, got 0"),
 ]

@@ -38,7 +38,7 @@ MLPS = [
 
 def to_original(net: SACBNet) -> State:
     """The network's parameters in the original layout, with the original's buffers of voxel coordinates."""
-    ours, state = net.state_dict(), OrderedDict()
+    ours, state = {name: p.detach() for name, p in net.named_parameters()}, OrderedDict()
     for theirs, here in UNITS:
         for part in ("weight", "bias"):
             state[f"{theirs}.conv.{part}"] = ours.pop(f"{here}.conv.{part}")

@@ -55,6 +55,12 @@ def test_missing_keys() -> None:
 
 
 NAN, INF = float("nan"), float("inf")
+
+
+def with_affine(diagonal: list[float]) -> MetaTensor:
+    return MetaTensor(torch.rand(1, 4, 5, 6), affine=torch.diag(torch.tensor(diagonal, dtype=torch.float64)))
+
+
 # (arguments, image, message)
 ILL_CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "slice": ({}, image((1, 4, 5)), r"^image is a 2-D image of size \(4, 5\); the network needs 3-D"),
@@ -74,6 +80,9 @@ ILL_CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "minus infinite": ({}, image((1, 4, 5, 6), -INF), r"^image has 1 NaN or infinite"),
     "all NaN": ({}, torch.full((1, 2, 3, 4), NAN), r"^image has 24 NaN or infinite"),
     "NaN of a slice": ({"spatial_dims": 2}, image((1, 4, 5), NAN), r"^image has 1 NaN"),
+    "no voxels": ({}, image((1, 4, 0, 6)), r"^image has no voxels: its size is \(4, 0, 6\)"),
+    "flat affine": ({}, with_affine([1, 1, 0, 1]), r"^image has an affine that cannot be inverted: \[\[1\.0"),
+    "affine without numbers": ({}, with_affine([1, NAN, 1, 1]), r"^image has an affine that cannot be inverted.*nan"),
     "with its file": ({}, image((1, 4, 5, 6), NAN, "/d/s.nii.gz"), r"^image '/d/s\.nii\.gz' has 1 NaN"),
     "slice with its file": ({}, image((1, 4, 5), None, "/d/s.png"), r"^image '/d/s\.png' is a 2-D"),
     "channels with its file": ({"in_channels": 1}, image((2, 4, 5, 6), None, "/d/s.mha"), r"^image '/d/s\.mha' has 2"),

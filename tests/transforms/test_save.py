@@ -297,6 +297,18 @@ def test_ill_formed_fields(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_field_that_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+    field = torch.zeros(3, 4, 5, 6)
+    field[1, 2] = value
+    with pytest.raises(ValueError, match="displacement must be finite, got 30 NaN or infinite values"):
+        save_displacement(field, torch.eye(4), tmp_path / "field.nii.gz")
+    data = {key: MetaTensor(torch.zeros(1, 4, 5, 6)) for key in ("moving_image", "fixed_image", "warped_image")}
+    with pytest.raises(ValueError, match="displacement must be finite"):
+        SaveRegistrationd(tmp_path)({**data, "displacement": MetaTensor(field)})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "old"])
 def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes | None) -> None:
     target = tmp_path / "field.nii.gz"
