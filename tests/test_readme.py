@@ -22,7 +22,7 @@ SHELL = [code.strip() for language, code in BLOCKS if language == "bash"]
 
 
 def test_kinds_of_blocks() -> None:
-    assert {language for language, _ in BLOCKS} == {"bash", "python", "text"}
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "text", "json"}
     assert len(PYTHON) >= 3 and len(SHELL) >= 6
 
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -80,6 +81,8 @@ class CheckPaird(Transform):
     """
     Refuse a pair whose images do not belong together, in the number of channels or the size of image and label.
 
+    Voxel sizes that differ by more than a percent are warned of: the network pairs voxels by their indices.
+
     Raises:
         ValueError: When the moving and the fixed image have different numbers of channels, or a label map has another
             size than its image.
@@ -92,6 +95,13 @@ class CheckPaird(Transform):
                 f"{_name('moving_image', moving)} has {moving.shape[0]} channels, but "
                 f"{_name('fixed_image', fixed)} has {fixed.shape[0]}."
             )
+        if isinstance(moving, MetaTensor) and isinstance(fixed, MetaTensor):
+            sizes = [image.pixdim.tolist() for image in (moving, fixed)]
+            if any(abs(a - b) > 0.01 * max(a, b) for a, b in zip(*sizes)):
+                logging.getLogger(__name__).warning(
+                    f"{_name('moving_image', moving)} has voxels of {sizes[0]} mm, but "
+                    f"{_name('fixed_image', fixed)} of {sizes[1]} mm; they are paired by their indices."
+                )
         for role, image in (("moving", moving), ("fixed", fixed)):
             label = data.get(f"{role}_label")
             if label is not None and label.shape[1:] != image.shape[1:]:

@@ -95,6 +95,16 @@ def test_bad_images_are_refused(arguments: dict[str, Any], bad: Any, message: st
         CheckVolumed("image", **arguments)({"image": bad})
 
 
+@pytest.mark.parametrize(("spacing", "warned"), [((1, 1, 1), False), ((1, 1.005, 1), False), ((1, 2, 1), True)])
+def test_voxel_sizes_that_differ(spacing: tuple[float, ...], warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    data = {"moving_image": with_affine([1, 1, 1, 1]), "fixed_image": with_affine([*spacing, 1])}
+    assert set(CheckPaird()(data)) == set(data)
+    assert ("paired by their indices" in caplog.text) == warned
+    assert (
+        "moving_image has voxels of [1.0, 1.0, 1.0] mm, but fixed_image of [1.0, 2.0, 1.0]" in caplog.text
+    ) == warned
+
+
 @pytest.mark.parametrize("spatial_dims", [0, 1, 4, -3])
 def test_dimensions_of_no_network(spatial_dims: int) -> None:
     with pytest.raises(ValueError, match=rf"got {spatial_dims}"):
