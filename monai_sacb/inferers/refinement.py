@@ -46,16 +46,17 @@ def _refine_one(
     for step in range(iterations + 1):
         field = F.interpolate(control, size=spatial, mode=mode, align_corners=True)
         with torch.set_grad_enabled(step < iterations):
-            value = objective(moving, fixed, field)
-        if value.item() < best_value:
-            best, best_value, best_step = field.detach(), value.item(), step
+            objective_value = objective(moving, fixed, field)
+        value = objective_value.item()
+        if value < best_value:
+            best, best_value, best_step = field.detach(), value, step
         # a value that is not finite is no improvement either
-        if step == iterations or step - best_step >= patience or not math.isfinite(value.item()):
+        if step == iterations or step - best_step >= patience or not math.isfinite(value):
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
         # of the field alone: a similarity that has parameters of its own collects no gradients
-        (control.grad,) = torch.autograd.grad(value, control)
+        (control.grad,) = torch.autograd.grad(objective_value, control)
         optimizer.step()
     return best
 

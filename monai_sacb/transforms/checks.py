@@ -12,13 +12,9 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
+from monai_sacb.utils import image_name
+
 __all__ = ["CheckPaird", "CheckVolumed"]
-
-
-def _name(key: Hashable, image: Any) -> str:
-    """What to call an image in a message: its key and, where known, its file."""
-    filename = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-    return f"{key} '{filename}'" if filename else str(key)
 
 
 class CheckVolumed(MapTransform):
@@ -58,22 +54,24 @@ class CheckVolumed(MapTransform):
             if len(spatial) != self.spatial_dims or flat:
                 dims = 2 if flat else len(spatial)
                 raise ValueError(
-                    f"{_name(key, image)} is a {dims}-D image of size {spatial}; the network needs "
+                    f"{image_name(key, image)} is a {dims}-D image of size {spatial}; the network needs "
                     f"{self.spatial_dims}-D images."
                 )
             if self.in_channels is not None and image.shape[0] != self.in_channels:
                 raise ValueError(
-                    f"{_name(key, image)} has {image.shape[0]} channels; the network needs {self.in_channels}."
+                    f"{image_name(key, image)} has {image.shape[0]} channels; the network needs {self.in_channels}."
                 )
             if 0 in spatial:
-                raise ValueError(f"{_name(key, image)} has no voxels: its size is {spatial}.")
+                raise ValueError(f"{image_name(key, image)} has no voxels: its size is {spatial}.")
             if isinstance(image, MetaTensor):
                 affine = torch.as_tensor(image.affine, dtype=torch.float64)
                 if not bool(torch.isfinite(affine).all()) or float(torch.linalg.det(affine)) == 0:
-                    raise ValueError(f"{_name(key, image)} has an affine that cannot be inverted: {affine.tolist()}.")
+                    raise ValueError(
+                        f"{image_name(key, image)} has an affine that cannot be inverted: {affine.tolist()}."
+                    )
             bad = int((~torch.isfinite(torch.as_tensor(image))).sum())
             if bad:
-                raise ValueError(f"{_name(key, image)} has {bad} NaN or infinite voxels.")
+                raise ValueError(f"{image_name(key, image)} has {bad} NaN or infinite voxels.")
         return dict(data)
 
 
@@ -92,21 +90,21 @@ class CheckPaird(Transform):
         moving, fixed = data["moving_image"], data["fixed_image"]
         if moving.shape[0] != fixed.shape[0]:
             raise ValueError(
-                f"{_name('moving_image', moving)} has {moving.shape[0]} channels, but "
-                f"{_name('fixed_image', fixed)} has {fixed.shape[0]}."
+                f"{image_name('moving_image', moving)} has {moving.shape[0]} channels, but "
+                f"{image_name('fixed_image', fixed)} has {fixed.shape[0]}."
             )
         if isinstance(moving, MetaTensor) and isinstance(fixed, MetaTensor):
             sizes = [image.pixdim.tolist() for image in (moving, fixed)]
             if any(abs(a - b) > 0.01 * max(a, b) for a, b in zip(*sizes)):
                 logging.getLogger(__name__).warning(
-                    f"{_name('moving_image', moving)} has voxels of {sizes[0]} mm, but "
-                    f"{_name('fixed_image', fixed)} of {sizes[1]} mm; they are paired by their indices."
+                    f"{image_name('moving_image', moving)} has voxels of {sizes[0]} mm, but "
+                    f"{image_name('fixed_image', fixed)} of {sizes[1]} mm; they are paired by their indices."
                 )
         for role, image in (("moving", moving), ("fixed", fixed)):
             label = data.get(f"{role}_label")
             if label is not None and label.shape[1:] != image.shape[1:]:
                 raise ValueError(
-                    f"{_name(f'{role}_label', label)} has size {tuple(label.shape[1:])}, but "
-                    f"{_name(f'{role}_image', image)} has {tuple(image.shape[1:])}."
+                    f"{image_name(f'{role}_label', label)} has size {tuple(label.shape[1:])}, but "
+                    f"{image_name(f'{role}_image', image)} has {tuple(image.shape[1:])}."
                 )
         return dict(data)

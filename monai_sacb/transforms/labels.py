@@ -12,6 +12,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from monai_sacb.utils import image_name
+
 __all__ = ["SelectLabelsd", "number_labels"]
 
 
@@ -69,8 +71,7 @@ class SelectLabelsd(MapTransform):
             try:
                 result[key] = number_labels(label, self.label_ids)
             except ValueError as error:
-                filename = label.meta.get("filename_or_obj", "") if isinstance(label, MetaTensor) else ""
-                raise ValueError(f"{key} '{filename}': {error}") from error
+                raise ValueError(f"{image_name(key, label)}: {error}") from error
             if isinstance(result[key], MetaTensor):
                 found = torch.unique(label.as_tensor()).tolist()
                 result[key].meta["label_ids"] = " ".join(str(int(value)) for value in found)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from monai.data import MetaTensor
 
-__all__ = ["is_traced", "plain_tensor", "subject_name"]
+__all__ = ["image_name", "is_traced", "plain_tensor", "subject_name"]
 
 
 def is_traced() -> bool:
@@ -20,6 +21,12 @@ def is_traced() -> bool:
 def plain_tensor(x: Any) -> torch.Tensor:
     """The tensor without meta data, or an array as a tensor."""
     return x.as_tensor() if isinstance(x, MetaTensor) else torch.as_tensor(x)
+
+
+def image_name(key: Hashable, image: Any) -> str:
+    """What to call an image in a message: its key and, where known, its file."""
+    filename = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
+    return f"{key} '{filename}'" if filename else str(key)
 
 
 def subject_name(image: Any) -> str:

@@ -52,11 +52,6 @@ def _means(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.where(counts > 0, sums / counts.clamp(min=1.0), centroids)
 
 
-def _take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Points ``(B, R, C)`` that ``index (B, R)`` names in ``points (B, N, C)``."""
-    return points.gather(1, index.unsqueeze(2).expand(-1, -1, points.shape[2]))
-
-
 def _lots(num_points: int, num_starts: int, num_draws: int, device: torch.device) -> torch.Tensor:
     """Numbers in (0, 1) that look drawn by lot, the same every time: ``(num_draws, num_points, num_starts)``."""
     prime = 1048573
@@ -89,7 +84,7 @@ def _seeds(points: torch.Tensor, num_clusters: int, num_starts: int) -> torch.Te
     seeds: list[torch.Tensor] = []
     for draw in range(num_clusters):
         index = (distance * lots[draw]).argmax(1)
-        seed = _take(points, index)
+        seed = points.gather(1, index.unsqueeze(2).expand(-1, -1, points.shape[2]))
         seeds.append(seed)
         to_seed = (_scores(points, seed) + squares).clamp(min=0.0)
         # the distance of a seed from itself is zero, not what rounding leaves of it
@@ -152,14 +147,10 @@ def _kmeans(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """k-means without argument checks; see :py:func:`kmeans`."""
     if torch.jit.is_scripting():
-        return _kmeans_float32(
-            points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol
-        )  # fmt: skip
+        return _kmeans_float32(points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
     # the sum over a cluster leaves the range of half precision, to which autocast would cast the products
     with torch.autocast(device_type=points.device.type, enabled=False):
-        return _kmeans_float32(
-            points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol
-        )  # fmt: skip
+        return _kmeans_float32(points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
 
 
 def _kmeans_float32(
