@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from .bundle import find_bundle_root
 from .files import replacing
-from .tensors import image_name, is_traced, plain_tensor, subject_name
+from .tensors import image_name, is_exported, is_traced, plain_tensor, subject_name
 from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
     "compare_states",
     "find_bundle_root",
     "image_name",
+    "is_exported",
     "is_traced",
     "not_finite",
     "plain_tensor",

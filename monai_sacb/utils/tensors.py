@@ -10,7 +10,12 @@ import torch
 
 from monai.data import MetaTensor
 
-__all__ = ["image_name", "is_traced", "plain_tensor", "subject_name"]
+__all__ = ["image_name", "is_exported", "is_traced", "plain_tensor", "subject_name"]
+
+
+def is_exported() -> bool:
+    """Whether operations are being recorded for use where this package may be missing: by tracing or export."""
+    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())
 
 
 def is_traced() -> bool:

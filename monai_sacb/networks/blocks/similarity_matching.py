@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
-from monai_sacb.utils import is_traced
+from monai_sacb.utils import is_exported
 
 __all__ = ["SimilarityMatching"]
 
@@ -43,56 +42,84 @@ def _match(
     return taps, torch.bmm(taps, fixed.unsqueeze(2)).squeeze(2).softmax(1)
 
 
-class _ExpectedOffset(torch.autograd.Function):
-    """A few thousand voxels after the other, whose windows stay in the cache; keeps the two maps and nothing else."""
+# An operator of its own, which torch.compile takes as it is: a few thousand voxels at a time, whose windows stay in
+# a CPU's cache, and nothing kept for the backward pass but the two maps.
 
-    @staticmethod
-    def forward(ctx: Any, moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
-        ctx.save_for_backward(moving, fixed)
-        ctx.window = window
-        spatial = list(fixed.shape[2:])
-        windows = Windows(spatial, window, fixed.device)
-        size = windows.chunk_size(fixed.shape[1])
-        steps = windows.steps(fixed.dtype)
-        ddf = fixed.new_empty([fixed.shape[0], windows.corner.numel(), len(spatial)])
-        for i in range(fixed.shape[0]):
-            padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
-            for corner, part, out in zip(windows.corner.split(size), rows.split(size), ddf[i].split(size)):
-                torch.mm(_match(windows, padded, corner, part)[1], steps, out=out)
-        return ddf.transpose(1, 2).unflatten(2, spatial)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ddf: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        moving, fixed = ctx.saved_tensors
-        spatial = list(fixed.shape[2:])
-        windows = Windows(spatial, ctx.window, fixed.device)
-        num_taps, channels = windows.num_taps, fixed.shape[1]
-        size = windows.chunk_size(channels)
-        steps = windows.steps(fixed.dtype)
-        mirrored = torch.arange(num_taps - 1, -1, -1, device=fixed.device)
-        grad_moving, grad_fixed = (
-            fixed.new_empty([fixed.shape[0], windows.corner.numel(), channels]) for _ in range(2)
-        )
-        grad_scores = fixed.new_empty([windows.corner.numel(), num_taps])
-        for i in range(fixed.shape[0]):
-            padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
-            grad_rows = grad_ddf[i].flatten(1).t()
-            for corner, part, grad, scores, out in zip(
-                *(t.split(size) for t in (windows.corner, rows, grad_rows, grad_scores, grad_fixed[i]))
-            ):
-                taps, weights = _match(windows, padded, corner, part)
-                slope = grad @ steps.t()
-                torch.mul(weights, slope - (weights * slope).sum(1, keepdim=True), out=scores)
-                torch.bmm(scores.unsqueeze(1), taps, out=out.unsqueeze(1))
-            # seen from a voxel of the moving map, the tap that leads to it from a neighbor is the mirrored one
-            padded_scores = windows.pad(grad_scores.t().unflatten(1, spatial)).flatten()
-            padded = windows.pad(fixed[i])
-            for corner, out in zip(windows.corner.split(size), grad_moving[i].split(size)):
-                taps = windows.rows(padded, corner).view(corner.numel(), num_taps, channels)
-                index = (corner.unsqueeze(1) + windows.taps) * num_taps + mirrored
-                torch.bmm(padded_scores.take(index).unsqueeze(1), taps, out=out.unsqueeze(1))
-        return (*(t.transpose(1, 2).unflatten(2, spatial) for t in (grad_moving, grad_fixed)), None)
+@torch.library.custom_op("monai_sacb::expected_offset", mutates_args=())
+def _windowed_offset(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+    spatial = list(fixed.shape[2:])
+    windows = Windows(spatial, window, fixed.device)
+    size = windows.chunk_size(fixed.shape[1])
+    steps = windows.steps(fixed.dtype)
+    ddf = fixed.new_empty([fixed.shape[0], windows.corner.numel(), len(spatial)])
+    for i in range(fixed.shape[0]):
+        padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
+        for corner, part, out in zip(windows.corner.split(size), rows.split(size), ddf[i].split(size)):
+            torch.mm(_match(windows, padded, corner, part)[1], steps, out=out)
+    return ddf.transpose(1, 2).unflatten(2, spatial)
+
+
+@_windowed_offset.register_fake
+def _(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+    return _maps_like(fixed, fixed.dim() - 2)
+
+
+def _maps_like(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """An empty result, in the layout in which the operators leave it."""
+    return x.new_empty([x.shape[0], *x.shape[2:], channels]).movedim(-1, 1)
+
+
+@torch.library.custom_op("monai_sacb::expected_offset_backward", mutates_args=())
+def _windowed_offset_backward(
+    grad_ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spatial = list(fixed.shape[2:])
+    windows = Windows(spatial, window, fixed.device)
+    num_taps, channels = windows.num_taps, fixed.shape[1]
+    size = windows.chunk_size(channels)
+    steps = windows.steps(fixed.dtype)
+    mirrored = torch.arange(num_taps - 1, -1, -1, device=fixed.device)
+    grad_moving, grad_fixed = (fixed.new_empty([fixed.shape[0], windows.corner.numel(), channels]) for _ in range(2))
+    grad_scores = fixed.new_empty([windows.corner.numel(), num_taps])
+    for i in range(fixed.shape[0]):
+        padded, rows = windows.pad(moving[i]), fixed[i].movedim(0, -1).flatten(0, -2)
+        grad_rows = grad_ddf[i].flatten(1).t()
+        for corner, part, grad, scores, out in zip(
+            *(t.split(size) for t in (windows.corner, rows, grad_rows, grad_scores, grad_fixed[i]))
+        ):
+            taps, weights = _match(windows, padded, corner, part)
+            slope = grad @ steps.t()
+            torch.mul(weights, slope - (weights * slope).sum(1, keepdim=True), out=scores)
+            torch.bmm(scores.unsqueeze(1), taps, out=out.unsqueeze(1))
+        # seen from a voxel of the moving map, the tap that leads to it from a neighbor is the mirrored one
+        padded_scores = windows.pad(grad_scores.t().unflatten(1, spatial)).flatten()
+        padded = windows.pad(fixed[i])
+        for corner, out in zip(windows.corner.split(size), grad_moving[i].split(size)):
+            taps = windows.rows(padded, corner).view(corner.numel(), num_taps, channels)
+            index = (corner.unsqueeze(1) + windows.taps) * num_taps + mirrored
+            torch.bmm(padded_scores.take(index).unsqueeze(1), taps, out=out.unsqueeze(1))
+    grads = [t.transpose(1, 2).unflatten(2, spatial) for t in (grad_moving, grad_fixed)]
+    return grads[0], grads[1]
+
+
+@_windowed_offset_backward.register_fake
+def _(
+    grad_ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _maps_like(moving, moving.shape[1]), _maps_like(fixed, fixed.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    moving, fixed, ctx.window = inputs
+    ctx.save_for_backward(moving, fixed)
+
+
+def _backward(ctx: Any, grad_ddf: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (*_windowed_offset_backward(grad_ddf, *ctx.saved_tensors, ctx.window), None)
+
+
+_windowed_offset.register_autograd(_backward, setup_context=_setup_context)
 
 
 class SimilarityMatching(nn.Module):
@@ -149,8 +176,8 @@ class SimilarityMatching(nn.Module):
         fixed = fixed * self.scale
         if torch.jit.is_scripting():
             return _expected_offset(moving, fixed, self.window)
-        if is_traced() or not fixed.is_cpu or fixed.dim() == 3:
+        if is_exported() or not fixed.is_cpu or fixed.dim() == 3:
             return _expected_offset(moving, fixed, self.window)
         dtype = torch.float64 if fixed.dtype == torch.float64 else torch.float32
         with torch.autocast("cpu", enabled=False):
-            return _ExpectedOffset.apply(moving.to(dtype), fixed.to(dtype), self.window)
+            return _windowed_offset(moving.to(dtype), fixed.to(dtype), self.window)

@@ -5,50 +5,57 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from monai_sacb.utils import is_traced
+from monai_sacb.utils import is_exported
 
 __all__ = ["KMeans", "kmeans"]
 
 
 def _scores(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Squared distances but for the points' own squares: ``(B, N, C), (B, K, C) -> (B, N, K)``."""
-    # |p - s|^2 = |p|^2 - 2 p.s + |s|^2, and |p|^2 does not change the arg-min
-    return torch.baddbmm(centroids.square().sum(2).unsqueeze(1), points, centroids.transpose(1, 2), alpha=-2.0)
+    """Squared distances but for the points' own squares: ``(B, N, C), (B, K, C) -> (B, K, N)``."""
+    # |p - s|^2 = |p|^2 - 2 p.s + |s|^2, and |p|^2 does not change the arg-min; minima over the first of two axes are
+    # several times faster than over a short last one
+    return torch.baddbmm(centroids.square().sum(2).unsqueeze(2), centroids, points.transpose(1, 2), alpha=-2.0)
 
 
-def _is_recorded() -> bool:
+def _is_exported() -> bool:
     if torch.jit.is_scripting():
         return False
-    return is_traced()
+    return is_exported()
 
 
 def _chunks(points: torch.Tensor) -> list[torch.Tensor]:
-    """The points in portions that stay in a CPU's cache; a recording, which would unroll them, takes all at once."""
-    if not points.is_cpu or _is_recorded():
+    """The points in portions that stay in a CPU's cache; an export, which would unroll them, takes all at once."""
+    if not points.is_cpu or _is_exported():
         return [points]
     return points.split(max(1, (1 << 20) // (points.element_size() * points.shape[2])), 1)
 
 
-def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest centroid of every point: ``(B, N, C), (B, K, C) -> (B, N)``."""
-    return torch.cat([_scores(chunk, centroids).argmin(2) for chunk in _chunks(points)], 1)
+def _normalized(points: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(-offset, points, factor)
 
 
-def _means(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Mean of the points nearest to every centroid; one without points stays where it is."""
+def _nearest(points: torch.Tensor, centroids: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest centroid of every normalized point: ``(B, N, C), (B, K, C) -> (B, N)``."""
+    return torch.cat([_scores(_normalized(part, offset, factor), centroids).min(1)[1] for part in _chunks(points)], 1)
+
+
+def _means(points: torch.Tensor, centroids: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Mean of the normalized points nearest to every centroid; one without points stays where it is."""
     num_clusters = centroids.shape[1]
     clusters = torch.arange(num_clusters, device=points.device).view(1, num_clusters, 1)
     counts = torch.zeros([points.shape[0], num_clusters, 1], dtype=points.dtype, device=points.device)
     sums = torch.zeros_like(centroids)
-    for chunk in _chunks(points):
+    for part in _chunks(points):
+        part = _normalized(part, offset, factor)
         # a product with the one-hot labels, unlike scatter-add, gives the same bits every time on every device
-        member = (_scores(chunk, centroids).argmin(2).unsqueeze(1) == clusters).to(points.dtype)
+        member = (_scores(part, centroids).min(1)[1].unsqueeze(1) == clusters).to(points.dtype)
         counts = counts + member.sum(2, keepdim=True)
-        sums = sums + torch.bmm(member, chunk)
+        sums = sums + torch.bmm(member, part)
     return torch.where(counts > 0, sums / counts.clamp(min=1.0), centroids)
 
 
@@ -86,7 +93,7 @@ def _seeds(points: torch.Tensor, num_clusters: int, num_starts: int) -> torch.Te
         index = (distance * lots[draw]).argmax(1)
         seed = points.gather(1, index.unsqueeze(2).expand(-1, -1, points.shape[2]))
         seeds.append(seed)
-        to_seed = (_scores(points, seed) + squares).clamp(min=0.0)
+        to_seed = (_scores(points, seed).transpose(1, 2) + squares).clamp(min=0.0)
         # the distance of a seed from itself is zero, not what rounding leaves of it
         to_seed = to_seed.scatter(1, index.unsqueeze(1), 0.0)
         distance = to_seed if draw == 0 else torch.minimum(distance, to_seed)
@@ -99,17 +106,24 @@ def _best_start(points: torch.Tensor, seeds: torch.Tensor, passes: int = 10) -> 
     centroids = seeds.flatten(1, 2)
     clusters = torch.arange(num_clusters, device=points.device).view(1, 1, num_clusters, 1)
     for _ in range(passes):
-        labels = _scores(points, centroids).unflatten(2, [num_starts, num_clusters]).argmin(3)
-        member = (labels.transpose(1, 2).unsqueeze(2) == clusters).to(points.dtype).flatten(1, 2)
+        labels = _scores(points, centroids).unflatten(1, [num_starts, num_clusters]).min(2)[1]
+        member = (labels.unsqueeze(2) == clusters).to(points.dtype).flatten(1, 2)
         counts = member.sum(2, keepdim=True)
         centroids = torch.where(counts > 0, torch.bmm(member, points) / counts.clamp(min=1.0), centroids)
-    least = _scores(points, centroids).unflatten(2, [num_starts, num_clusters]).amin(3).sum(1)
+    least = _scores(points, centroids).unflatten(1, [num_starts, num_clusters]).amin(2).sum(2)
     index = least.argmin(1).view(batch, 1, 1, 1).expand(-1, 1, num_clusters, channels)
     return centroids.unflatten(1, [num_starts, num_clusters]).gather(1, index).squeeze(1)
 
 
-def _lloyd(points: torch.Tensor, centroids: torch.Tensor, passes: int, tol: float) -> torch.Tensor:
-    """``passes`` Lloyd iterations; an image whose centroids have stopped moving is left as it is.
+def _lloyd(
+    points: torch.Tensor,
+    centroids: torch.Tensor,
+    passes: int,
+    tol: float,
+    offset: torch.Tensor,
+    factor: torch.Tensor,
+) -> torch.Tensor:
+    """``passes`` Lloyd iterations over the normalized points; an image whose centroids stand still is left as it is.
 
     The number of passes is fixed and convergence is a mask per image, so the result of one image does not depend on
     the other images of the batch, and no value has to travel from the device to the host.
@@ -117,9 +131,9 @@ def _lloyd(points: torch.Tensor, centroids: torch.Tensor, passes: int, tol: floa
     converged = torch.zeros([points.shape[0], 1, 1], dtype=torch.bool, device=points.device)
     for _ in range(passes):
         # nothing would change any more; to ask a GPU would stop it, and a recording has no answer
-        if converged.is_cpu and not _is_recorded() and bool(converged.all()):
+        if converged.is_cpu and not _is_exported() and bool(converged.all()):
             break
-        moved = _means(points, centroids)
+        moved = _means(points, centroids, offset, factor)
         shift = (moved - centroids).square().sum([1, 2], keepdim=True)
         centroids = torch.where(converged, centroids, moved)
         converged = converged | (shift <= tol * tol * centroids.square().sum([1, 2], keepdim=True))
@@ -136,62 +150,79 @@ def _every(points: torch.Tensor, size: int) -> torch.Tensor:
     return points[:, ::stride]
 
 
-def _kmeans(
-    points: torch.Tensor,
-    num_clusters: int,
-    num_starts: int,
-    subsample_size: int,
-    subsample_passes: int,
-    full_passes: int,
-    tol: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """k-means without argument checks; see :py:func:`kmeans`."""
-    if torch.jit.is_scripting():
-        return _kmeans_float32(points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
-    # the sum over a cluster leaves the range of half precision, to which autocast would cast the products
-    with torch.autocast(device_type=points.device.type, enabled=False):
-        return _kmeans_float32(points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+class _Settings(NamedTuple):
+    """What :py:func:`kmeans` is told beside the points."""
+
+    num_clusters: int
+    num_starts: int
+    subsample_size: int
+    subsample_passes: int
+    full_passes: int
+    tol: float
 
 
-def _kmeans_float32(
-    points: torch.Tensor,
-    num_clusters: int,
-    num_starts: int,
-    subsample_size: int,
-    subsample_passes: int,
-    full_passes: int,
-    tol: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _lloyd_from_best_start(points: torch.Tensor, settings: _Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    num_clusters, num_starts, tol = settings.num_clusters, settings.num_starts, settings.tol
     if points.dtype != torch.float64:
         points = points.float()
     # scaled and centred, the expanded distance loses no digits and neither large nor tiny values leave the range
-    scale = torch.linalg.vector_norm(points, ord=float("inf"), dim=[1, 2], keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    points = points / scale
-    offset = points.mean(1, keepdim=True)
-    points -= offset
-    sample = _every(points, subsample_size)
+    largest = torch.maximum(points.amax([1, 2], keepdim=True), -points.amin([1, 2], keepdim=True))
+    factor = largest.clamp(min=2e-38).reciprocal()
+    sample = _every(points, settings.subsample_size)
+    offset = (sample * factor).mean(1, keepdim=True)
+    sample = _normalized(sample, offset, factor).contiguous()
     # enough points for every cluster
-    contest = _every(points, min(subsample_size, max(1024, 8 * num_clusters)))
+    contest = _every(sample, min(settings.subsample_size, max(1024, 8 * num_clusters)))
     seeds = _seeds(contest, num_clusters, num_starts)
     centroids = seeds[:, 0] if num_starts == 1 else _best_start(contest, seeds)
-    centroids = _lloyd(sample, centroids, subsample_passes, tol)
+    zero, one = torch.zeros_like(factor), torch.ones_like(factor)
+    centroids = _lloyd(sample, centroids, settings.subsample_passes, tol, zero, one)
     if sample.shape[1] < points.shape[1]:
-        centroids = _lloyd(points, centroids, full_passes, tol)
-    return _nearest(points, centroids), (centroids + offset) * scale
+        # a whole map is normalized portion by portion, on the way through the cache
+        centroids = _lloyd(points, centroids, settings.full_passes, tol, offset, factor)
+    return _nearest(points, centroids, offset, factor), (centroids + offset) / factor
 
 
-def _check_arguments(
-    num_clusters: int, num_starts: int, subsample_size: int, subsample_passes: int, full_passes: int, tol: float
-) -> None:
-    for name, value, lowest in (
-        ("num_clusters", num_clusters, 1),
-        ("num_starts", num_starts, 1),
-        ("subsample_size", subsample_size, 1),
-        ("subsample_passes", subsample_passes, 0),
-        ("full_passes", full_passes, 0),
-        ("tol", tol, 0),
-    ):
+@torch.library.custom_op("monai_sacb::kmeans", mutates_args=())
+def _opaque_kmeans(
+    points: torch.Tensor,
+    num_clusters: int,
+    num_starts: int,
+    subsample_size: int,
+    subsample_passes: int,
+    full_passes: int,
+    tol: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One operator for the compiler, which would otherwise unroll every pass and take minutes."""
+    settings = _Settings(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+    # the sum over a cluster leaves the range of half precision, to which autocast would cast the products
+    with torch.autocast(device_type=points.device.type, enabled=False):
+        return _lloyd_from_best_start(points, settings)
+
+
+@_opaque_kmeans.register_fake
+def _(points: torch.Tensor, num_clusters: int, *_: float) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, num_points, channels = points.shape
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    return (
+        points.new_empty([batch, num_points], dtype=torch.long),
+        points.new_empty([batch, num_clusters, channels], dtype=dtype),
+    )
+
+
+def _kmeans(points: torch.Tensor, settings: _Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """k-means without argument checks; see :py:func:`kmeans`."""
+    if torch.jit.is_scripting():
+        return _lloyd_from_best_start(points, settings)
+    if is_exported():
+        with torch.autocast(device_type=points.device.type, enabled=False):
+            return _lloyd_from_best_start(points, settings)
+    return _opaque_kmeans(points, *settings)
+
+
+def _check_settings(settings: _Settings) -> None:
+    for name, value in settings._asdict().items():
+        lowest = 0 if name in ("subsample_passes", "full_passes", "tol") else 1
         if not value >= lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {value}.")
 
@@ -238,11 +269,12 @@ def kmeans(
             f"points must be a non-empty floating point tensor of shape (B, N, C), got {tuple(points.shape)} "
             f"of {points.dtype}."
         )
-    _check_arguments(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+    settings = _Settings(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+    _check_settings(settings)
     if not bool(torch.isfinite(points).all()):
         raise ValueError(f"points must be finite, got {int((~torch.isfinite(points)).sum())} NaN or infinite values.")
     with torch.no_grad():
-        return _kmeans(points, num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+        return _kmeans(points, settings)
 
 
 class KMeans(nn.Module):
@@ -268,7 +300,9 @@ class KMeans(nn.Module):
         tol: float = 1e-4,
     ) -> None:
         super().__init__()
-        _check_arguments(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+        settings = _Settings(num_clusters, num_starts, subsample_size, subsample_passes, full_passes, tol)
+        _check_settings(settings)
+        # one by one: TorchScript turns a named tuple that a module holds into a plain one
         self.num_clusters = num_clusters
         self.num_starts = num_starts
         self.subsample_size = subsample_size
@@ -284,8 +318,7 @@ class KMeans(nn.Module):
         Returns:
             labels ``(B, N)`` and centroids ``(B, K, C)``, as :py:func:`kmeans`, detached.
         """
-        return _kmeans(
-            points.detach(),
+        settings = _Settings(
             self.num_clusters,
             self.num_starts,
             self.subsample_size,
@@ -293,3 +326,4 @@ class KMeans(nn.Module):
             self.full_passes,
             self.tol,
         )
+        return _kmeans(points.detach(), settings)
