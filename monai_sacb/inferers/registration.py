@@ -23,6 +23,8 @@ class RegistrationInferer(Inferer):
     Args:
         iterations: steps of :py:func:`monai_sacb.inferers.refine_ddf`; 0 takes the network's field as it is.
         similarity, regularization, regularization_weight, learning_rate, spacing, patience: as for that function.
+        amp: let the network work in bfloat16 where that is safe, on any device; the field stays float32. MONAI's own
+            ``amp`` is for CUDA alone, and its float16 needs a loss scale.
 
     Raises:
         ValueError: When a number is out of its range.
@@ -37,8 +39,11 @@ class RegistrationInferer(Inferer):
         learning_rate: float = 0.3,
         spacing: int = 2,
         patience: int = 15,
+        amp: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(amp, bool):
+            raise ValueError(f"amp must be True or False, got {amp!r}.")
         check_refinement(regularization_weight, iterations, learning_rate, spacing, patience)
         self.iterations = iterations
         self.similarity = similarity
@@ -47,6 +52,7 @@ class RegistrationInferer(Inferer):
         self.learning_rate = learning_rate
         self.spacing = spacing
         self.patience = patience
+        self.amp = amp
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -60,7 +66,8 @@ class RegistrationInferer(Inferer):
         Returns:
             DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back.
         """
-        ddf = network(inputs, *args, **kwargs)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            ddf = network(inputs, *args, **kwargs)
         if self.iterations == 0:
             return ddf
         moving, fixed = inputs.chunk(2, 1)

@@ -14,6 +14,7 @@ from monai.losses import BendingEnergyLoss
 from monai_sacb.inferers import RegistrationInferer, refine_ddf
 from monai_sacb.losses import LNCCLoss
 from monai_sacb.networks.layers import warp
+from monai_sacb.networks.nets import SACBNet
 
 # spatial shape, batch, channels, type
 TEST_CASES = [
@@ -204,6 +205,45 @@ def test_inferer() -> None:
     assert len(seen) == 2 and all(x is inputs for x in seen)
     assert torch.equal(refined, refine_ddf(moving, fixed, 0.5 * true, iterations=4, spacing=3))
     assert (refined - 0.5 * true).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_inferer_in_half_precision(iterations: int) -> None:
+    """The network works in bfloat16, on a CPU as well; its field and the refinement do not."""
+    torch.manual_seed(0)
+    net = SACBNet(spatial_dims=2, base_channels=2, num_clusters=3)
+    inputs = torch.cat(make_pair((32, 48), batch=2)[:2], 1)
+    types = []
+    net.finest_estimator.refine.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    with torch.no_grad():
+        expected = RegistrationInferer(iterations)(inputs, net)
+        ddf = RegistrationInferer(iterations, amp=True)(inputs, net)
+    assert types == [torch.float32, torch.bfloat16]
+    assert ddf.dtype == torch.float32 and not torch.equal(ddf, expected)
+    assert (ddf - expected).abs().median() < 0.1 * expected.abs().median()
+
+
+def test_training_in_half_precision() -> None:
+    torch.manual_seed(0)
+    net = SACBNet(spatial_dims=2, base_channels=2, num_clusters=3)
+    moving, fixed, _ = make_pair((32, 48))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        ddf = RegistrationInferer(amp=True)(torch.cat([moving, fixed], 1), net)
+        loss = LNCCLoss(5)(warp(moving, ddf), fixed)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in net.parameters())
+    assert losses[-1] < losses[0] - 0.02
+
+
+@pytest.mark.parametrize("amp", ["true", 1, None])
+def test_ill_amp(amp: Any) -> None:
+    with pytest.raises(ValueError, match=f"amp must be True or False, got {amp!r}"):
+        RegistrationInferer(amp=amp)
 
 
 def test_inferer_takes_whole_numbers_of_numpy() -> None:
