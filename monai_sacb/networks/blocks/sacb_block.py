@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from monai_sacb.networks.blocks.conv_norm_act import ConvNormAct
 from monai_sacb.networks.layers import KMeans, cluster_adaptive_conv
-from monai_sacb.networks.layers.neighborhood import pad_spatial
+from monai_sacb.networks.layers.neighborhood import window_mean
 
 __all__ = ["SACBlock"]
 
@@ -97,10 +96,7 @@ class SACBlock(nn.Module):
             ``(B, channels, *spatial)``.
         """
         h = self.proj_in(x)
-        # explicit zeros: the divisor is the full window at the border too, and avg_pool3d refuses axes shorter than it
-        smooth = pad_spatial(h, 1)
-        smooth = F.avg_pool3d(smooth, 3, 1) if self.spatial_dims == 3 else F.avg_pool2d(smooth, 3, 1)
-        labels, centroids = self.clusterer(smooth.flatten(2).transpose(1, 2))
+        labels, centroids = self.clusterer(window_mean(h).flatten(2).transpose(1, 2))
         gates = torch.sigmoid(self.gate_mlp(centroids.to(self.weight.dtype)))
         bias = self.bias_mlp(centroids.to(self.weight.dtype))
         return x + self.act(cluster_adaptive_conv(h, self.weight, gates, bias, labels))

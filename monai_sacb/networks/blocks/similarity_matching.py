@@ -39,7 +39,7 @@ def _match(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows ``(n, taps, C)`` and softmax weights ``(n, taps)`` of voxels whose features are ``fixed (n, C)``."""
     taps = windows.rows(padded, corner).view(corner.numel(), windows.num_taps, -1)
-    return taps, torch.bmm(taps, fixed.unsqueeze(2)).squeeze(2).softmax(1)
+    return taps, torch.bmm(fixed.unsqueeze(1), taps.transpose(1, 2)).squeeze(1).softmax(1)
 
 
 # An operator of its own, which torch.compile takes as it is: a few thousand voxels at a time, whose windows stay in

@@ -63,7 +63,9 @@ def _tapwise_backward(
 
 def _members(labels: torch.Tensor, num_clusters: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The voxels of every cluster, at most ``size`` at a time."""
-    order = labels.argsort(stable=True)
+    # bytes are sorted several times faster
+    keys = labels.to(torch.uint8) if num_clusters <= 256 else labels
+    order = keys.argsort(stable=True)
     counts = torch.bincount(labels, minlength=num_clusters).tolist()
     for cluster, voxels in enumerate(order.split(counts)):
         for part in voxels.split(size):

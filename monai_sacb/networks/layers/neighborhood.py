@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Windows", "pad_spatial", "shifted", "window_offsets"]
+__all__ = ["Windows", "pad_spatial", "shifted", "window_mean", "window_offsets"]
 
 # windows that are gathered at a time: a few megabytes, the second level of a CPU's cache
 CHUNK_ELEMENTS = 2**19
@@ -38,6 +38,26 @@ def shifted(padded: torch.Tensor, offset: list[int], spatial_shape: list[int]) -
     for axis, (start, size) in enumerate(zip(offset, spatial_shape)):
         padded = padded.narrow(axis + 2, start, size)
     return padded
+
+
+def _depthwise_mean(x: torch.Tensor, kernel: int) -> torch.Tensor:
+    dims = x.dim() - 2
+    weight = torch.full([x.shape[1], 1] + [kernel] * dims, 1.0 / kernel**dims, dtype=x.dtype, device=x.device)
+    if dims == 3:
+        return F.conv3d(x, weight, padding=kernel // 2, groups=x.shape[1])
+    return F.conv2d(x, weight, padding=kernel // 2, groups=x.shape[1])
+
+
+def window_mean(x: torch.Tensor, kernel: int = 3) -> torch.Tensor:
+    """
+    Mean over the window of every voxel, zeros outside, of 2-D or 3-D ``(B, C, *spatial)``; in float32 at least.
+
+    As a convolution of each channel by itself: on a CPU several times faster than average pooling.
+    """
+    if torch.jit.is_scripting():
+        return _depthwise_mean(x, kernel)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return _depthwise_mean(x if x.dtype == torch.float64 else x.float(), kernel)
 
 
 class Windows:
