@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 import fire
 
 from monai_sacb.apps.bundle_copy import bundle
+from monai_sacb.data import convert_pickled_folder
 from monai_sacb.version import __version__
 
 __all__ = ["main"]
 
 
-COMMANDS: dict[str, Callable[..., str]] = {"bundle": bundle}
+COMMANDS: dict[str, Callable[..., str]] = {"bundle": bundle, "convert_dataset": convert_pickled_folder}
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -2,8 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from .collate import collate_pairs
+from .convert import convert_pickled_folder
 from .datalist import load_pairs, load_request, load_subjects
+from .disk_cache import DiskCacheDataset
+from .folders import describe_folder
 from .pair_dataset import PairDataset
+from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, subject_to_atlas
+from .pickle_reader import PickledVolumeReader, read_pickled_arrays
 from .sample import sample_dataset
 
-__all__ = ["PairDataset", "load_pairs", "load_request", "load_subjects", "sample_dataset"]
+__all__ = [
+    "DiskCacheDataset",
+    "PairDataset",
+    "PickledVolumeReader",
+    "atlas_to_subject",
+    "collate_pairs",
+    "convert_pickled_folder",
+    "describe_folder",
+    "load_pairs",
+    "load_request",
+    "load_subjects",
+    "make_pairs",
+    "read_pairs_csv",
+    "read_pickled_arrays",
+    "sample_dataset",
+    "subject_to_atlas",
+]

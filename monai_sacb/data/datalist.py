@@ -7,9 +7,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from monai_sacb.data.folders import describe_folder
 
 __all__ = ["load_pairs", "load_request", "load_subjects"]
 
@@ -18,17 +21,23 @@ logger = logging.getLogger(__name__)
 SUBJECT_LISTS = ("training", "validation")
 PAIR_LISTS = ("registration_val", "registration_test")
 # entries of a subject that are paths; whatever else it says is passed over
-FILE_KEYS = ("image", "label", "mask", "ddf", "inverse_ddf")
+FILE_KEYS = ("image", "label", "mask", "points", "ddf", "inverse_ddf")
 HELD_OUT_FRACTION = 0.1
 
 
 def _read_json(dataset_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The parsed ``dataset.json`` of a folder (or the JSON file itself) and the folder paths are relative to."""
+    """
+    The parsed ``dataset.json`` of a folder (or the JSON file itself) and the folder paths are relative to. Of a folder
+    without one, what :py:func:`monai_sacb.data.describe_folder` says.
+    """
     path = Path(os.path.abspath(dataset_dir))
     if path.is_dir():
         path = path / "dataset.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no dataset.json at '{path}'.")
+        described = describe_folder(path.parent) if Path(dataset_dir).is_dir() else None
+        if described is None:
+            raise FileNotFoundError(f"no dataset.json at '{path}', nor folders Train and Val of .pkl files beside it.")
+        return path.parent, described
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -46,6 +55,10 @@ def _subject(entry: Any, root: Path, where: str) -> dict[str, str]:
         entry = {"image": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
         raise ValueError(f"{where} must be a path or an object with a path 'image', got {entry!r}.")
+    keypoints = entry.get("keypoints")
+    if isinstance(keypoints, str) and entry.get("points") is None:
+        # Learn2Reg's name for points; some of its lists say .nii.gz where the file is a CSV
+        entry = {**entry, "points": re.sub(r"\.nii\.gz$", ".csv", keypoints)}
     subject = {}
     for key in FILE_KEYS:
         value = entry.get(key)
@@ -103,8 +116,10 @@ def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training"
     neither, the last tenth of the training subjects by file name (at least two) is held out. No subject is in both.
 
     Args:
-        dataset_dir: folder with a ``dataset.json``, or such a file. Paths in it are relative to the file.
-        section: ``"training"`` or ``"validation"``.
+        dataset_dir: folder with a ``dataset.json``, or such a file, whose paths are relative to it; or a folder of
+            pickled subjects, see :py:func:`describe_folder`.
+        section: ``"training"``, ``"validation"``, or ``"test"``: the list ``test`` and the subjects of the pairs
+            ``registration_test``.
 
     Returns:
         one dictionary of absolute paths for each subject: ``image``, and ``label`` and others where listed.
@@ -113,9 +128,16 @@ def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training"
         FileNotFoundError: When the description or a file that it lists does not exist.
         ValueError: When the description is not one, or has no subjects for the section.
     """
-    if section not in ("training", "validation"):
-        raise ValueError(f"section must be 'training' or 'validation', got '{section}'.")
+    if section not in ("training", "validation", "test"):
+        raise ValueError(f"section must be 'training', 'validation' or 'test', got '{section}'.")
     root, content = _read_json(dataset_dir)
+    if section == "test":
+        listed = {s["image"]: s for s in _section(content, root, "test")}
+        # the list of subjects knows their labels, where it has them
+        tested = _pair_subjects(content, root, "registration_test") | listed
+        if not tested:
+            raise ValueError(f"'{root}' lists no test subjects.")
+        return list(tested.values())
     training, validation = (_section(content, root, name) for name in SUBJECT_LISTS)
     held_out = {subject["image"]: subject for subject in validation} | _pair_subjects(content, root, "registration_val")
     if not held_out:
@@ -173,6 +195,7 @@ def load_request(
     fixed_image: str | None = None,
     moving_label: str | None = None,
     fixed_label: str | None = None,
+    pair_list: str | None = None,
 ) -> dict[str, Any]:
     """
     What to register: two image files, or else the pairs of a dataset folder.
@@ -183,6 +206,7 @@ def load_request(
             of its training subjects.
         moving_image, fixed_image: the two files.
         moving_label, fixed_label: label maps of the two images, where there are any.
+        pair_list: the list of pairs of the dataset that is meant, ``"registration_val"`` or ``"registration_test"``.
 
     Returns:
         ``data``, the subjects, and ``pairs``, their (moving, fixed) index pairs or None for all ordered pairs, as
@@ -190,8 +214,11 @@ def load_request(
 
     Raises:
         FileNotFoundError: When a file does not exist.
-        ValueError: When only one of the two images is given, or nothing at all.
+        ValueError: When only one of the two images is given, or nothing at all, or the dataset has no such list of
+            pairs.
     """
+    if pair_list is not None and pair_list not in PAIR_LISTS:
+        raise ValueError(f"pair_list must be one of {PAIR_LISTS}, got '{pair_list}'.")
     if (moving_image is None) != (fixed_image is None):
         given = "moving_image" if fixed_image is None else "fixed_image"
         raise ValueError(f"registration needs both moving_image and fixed_image, got only {given}.")
@@ -203,10 +230,12 @@ def load_request(
     if dataset_dir is None:
         raise ValueError("nothing to register: give moving_image and fixed_image, or dataset_dir.")
     root, content = _read_json(dataset_dir)
-    for name in PAIR_LISTS:
+    for name in PAIR_LISTS if pair_list is None else (pair_list,):
         subjects = list(_pair_subjects(content, root, name).values())
         if subjects:
             return {"data": subjects, "pairs": load_pairs(dataset_dir, subjects, name)}
+    if pair_list is not None:
+        raise ValueError(f"'{root}' has no list '{pair_list}' of pairs.")
     subjects = _section(content, root, "validation") or _section(content, root, "training")
     if len(subjects) < 2:
         raise ValueError(f"'{root}' lists {len(subjects)} subjects; at least 2 are needed to form a pair.")

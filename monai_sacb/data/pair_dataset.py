@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from monai.data import CacheDataset, MetaTensor
-from monai.transforms import Lambda, Transform
+from monai.transforms import Compose, Lambda, Randomizable, RandomizableTrait, Transform
+
+from monai_sacb.data.disk_cache import DiskCacheDataset
 
 __all__ = ["PairDataset"]
 
 logger = logging.getLogger(__name__)
+
+
+def _is_random(transform: Any) -> bool:
+    """Whether a transform, or one of a sequence of them, draws random numbers from a state of its own."""
+    if isinstance(transform, Compose):
+        return any(_is_random(part) for part in transform.flatten().transforms)
+    return isinstance(transform, Randomizable) and isinstance(transform, RandomizableTrait)
 
 
 class PairDataset(Dataset):
@@ -21,7 +33,11 @@ class PairDataset(Dataset):
     Pairs of subjects for registration. Each subject is loaded, transformed and cached once, not once for every pair.
 
     An item is a dictionary with every key of the two subjects under ``moving_<key>`` and ``fixed_<key>``
-    (``moving_image``, ``fixed_image``, ``moving_label``, ...), passed through ``pair_transform``.
+    (``moving_image``, ``fixed_image``, ``moving_label``, ...) and the number of the pair under ``pair_index``, passed
+    through ``pair_transform``.
+
+    Random transforms are seeded anew for each item from torch's generator, so that a training that is resumed with the
+    state of that generator goes on with the same augmentation.
 
     Args:
         data: the subjects, dictionaries of paths with the key ``image`` and, where there are any, ``label`` and others;
@@ -30,10 +46,14 @@ class PairDataset(Dataset):
         pairs: (moving, fixed) index pairs. Defaults to all ordered pairs of two different subjects.
         pair_transform: transform of one pair.
         label_ids: label values that some subject must have in the file of its ``label``; needs a
-            :py:class:`monai_sacb.transforms.SelectLabelsd` in ``transform`` and a full cache.
+            :py:class:`monai_sacb.transforms.SelectLabelsd` in ``transform``. Checked at the start, with a full cache in
+            memory only: otherwise all subjects would have to be loaded for it.
         all_labels: whether a label id that no subject has is an error; if not, it is logged, and only if none of the
             ids is there it is an error.
-        cache_rate: fraction of the subjects that is kept in memory.
+        cache_rate: fraction of the subjects that is loaded at the start and kept in memory; with 0, a subject is loaded
+            and transformed whenever a pair needs it.
+        cache_dir: folder where transformed subjects are kept instead, each from when it is first needed, see
+            :py:class:`DiskCacheDataset`. ``cache_rate`` is then of no effect.
         num_workers: threads that fill the cache.
         progress: whether to show a bar while the cache is filled.
 
@@ -52,9 +72,12 @@ class PairDataset(Dataset):
         cache_rate: float = 1.0,
         num_workers: int | None = 1,
         progress: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if isinstance(data, Dataset) and transform is not None:
-            raise ValueError("transform belongs to the dataset of subjects when data is a dataset.")
+        if isinstance(data, Dataset) and (transform is not None or cache_dir is not None):
+            raise ValueError("transform and cache_dir belong to the dataset of subjects when data is a dataset.")
+        if not 0 <= cache_rate <= 1:
+            raise ValueError(f"cache_rate must be between 0 and 1, got {cache_rate}.")
         self.data = data
         num_subjects = self.num_subjects
         if num_subjects == 0:
@@ -72,18 +95,35 @@ class PairDataset(Dataset):
         if transform is not None and not isinstance(transform, Transform):
             # CacheDataset does not cache what a plain function returns
             transform = Lambda(transform)
-        self.subjects: Dataset = (
-            data
-            if isinstance(data, Dataset)
-            else CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=progress)
-        )
-        if label_ids is not None and cache_rate == 1.0:
+        self.subjects: Dataset
+        if isinstance(data, Dataset):
+            self.subjects = data
+        elif cache_dir is not None:
+            self.subjects = DiskCacheDataset(data, Compose() if transform is None else transform, cache_dir)
+        else:
+            self.subjects = CacheDataset(
+                data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=progress
+            )
+        candidates = (getattr(self.subjects, "transform", None), pair_transform)
+        self._random: list[Any] = [candidate for candidate in candidates if _is_random(candidate)]
+        self._log_entries()
+        if label_ids is not None and cache_rate == 1.0 and cache_dir is None:
             self._check_labels(label_ids, all_labels)
 
     @property
     def num_subjects(self) -> int:
         """Number of subjects."""
         return len(self.data)  # type: ignore[arg-type]
+
+    def _log_entries(self) -> None:
+        """Say which entries some subjects have and others lack: batches of several pairs do without."""
+        if isinstance(self.data, Dataset):
+            return
+        counts = Counter(key for subject in self.data if isinstance(subject, Mapping) for key in subject)
+        partial = {str(key): number for key, number in counts.items() if number < self.num_subjects}
+        if partial:
+            parts = ", ".join(f"{number} have '{key}'" for key, number in sorted(partial.items()))
+            logger.info(f"Of {self.num_subjects} subjects {parts}; pairs differ in what they hold.")
 
     def _check_labels(self, label_ids: Sequence[int], all_labels: bool) -> None:
         found: set[int] = set()
@@ -127,7 +167,9 @@ class PairDataset(Dataset):
         return moving, fixed + (fixed >= moving)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pair: dict[str, Any] = {}
+        for transform in self._random:
+            transform.set_random_state(seed=int(torch.randint(2**31, ())))
+        pair: dict[str, Any] = {"pair_index": index % len(self)}
         for role, subject in zip(("moving", "fixed"), self.pair_indices(index)):
             # shallow copies: the cached tensors are shared by many pairs
             pair.update({f"{role}_{key}": value for key, value in self.subjects[subject].items()})

@@ -13,7 +13,9 @@ from monai_sacb.utils import plain_tensor
 
 __all__ = ["PrepareRegistrationBatch"]
 
-TARGET_KEYS = tuple(f"{role}_{key}" for key in ("image", "label", "field_of_view") for role in ("moving", "fixed"))
+TARGET_KEYS = tuple(
+    f"{role}_{key}" for key in ("image", "label", "field_of_view", "landmarks") for role in ("moving", "fixed")
+)
 
 
 class PrepareRegistrationBatch(PrepareBatch):
@@ -21,7 +23,7 @@ class PrepareRegistrationBatch(PrepareBatch):
     Turn a batch of pairs into the network's input and the loss's target, for MONAI's engines.
 
     The input is both images as one tensor, moving first; the target is a dictionary of the images and, where the batch
-    has them, the labels and the fields of view.
+    has them, the labels, the fields of view and the landmarks.
     """
 
     def __call__(
@@ -34,7 +36,7 @@ class PrepareRegistrationBatch(PrepareBatch):
         """
         Args:
             batchdata: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; possibly the same with
-                ``label`` and ``field_of_view``, ``(B, 1, *spatial)``.
+                ``label`` and ``field_of_view``, ``(B, 1, *spatial)``, and ``landmarks``, ``(B, N, d)`` in voxels.
             device, non_blocking, kwargs: passed to ``Tensor.to``.
 
         Returns:

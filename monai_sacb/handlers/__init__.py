@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
 from .last_epoch_validation import LastEpochValidation
+from .loss_terms import LossTerms
 from .loss_weight_schedule import LossWeightSchedule
+from .pair_journal import PairJournal
 from .pair_metric import PairMetric
 from .pair_saver import PairSaver
 from .registration_figure import RegistrationFigure
 from .registration_table import RegistrationTable
+from .resources import PairResources
 from .stop_on_divergence import StopOnDivergence
 
 __all__ = [
     "BestModelSaver",
     "LastEpochValidation",
     "LoadWeights",
+    "LossTerms",
     "LossWeightSchedule",
+    "PairJournal",
     "PairMetric",
+    "PairResources",
     "PairSaver",
     "RegistrationFigure",
     "RegistrationTable",

@@ -12,12 +12,24 @@ from monai.engines import Workflow
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 
-__all__ = ["PairMetric", "pair_items"]
+__all__ = ["PairMetric", "pair_items", "pair_values"]
 
 
 def pair_items(engine: Workflow) -> list[dict[str, Any]]:
     """What is known of every pair of the current, decollated iteration: its batch entries and the results."""
     return [{**batch, **output} for batch, output in zip(engine.state.batch, engine.state.output)]
+
+
+def pair_values(engine: Workflow) -> dict[str, torch.Tensor]:
+    """
+    What has been measured in the current iteration: by name, one row for each of its pairs, ``(pairs, columns)``.
+
+    Handlers add to it; those that are attached after them can read it when the iteration has been completed.
+    """
+    if getattr(engine.state, "pair_values", None) is None:
+        engine.state.pair_values = {}
+    values: dict[str, torch.Tensor] = engine.state.pair_values
+    return values
 
 
 class PairMetric(IgniteMetricHandler):
@@ -62,12 +74,18 @@ class PairMetric(IgniteMetricHandler):
         items = pair_items(engine)
         measurable = [all(key in item for key in self.keys) for item in items]
         self.measured += measurable
+        name, values = str(self._name), pair_values(engine)
+        # nothing of an earlier iteration must pass for a value of this one
+        values.pop(name, None)
         items = [item for item, can in zip(items, measurable) if can]
         if items:
             first, *others = ([item[key] for item in items] for key in self.keys)
             # one device for both, wherever the loader left the reference
             second = [y.to(x.device) for x, y in zip(first, others[0])] if others else None
-            self.update((first, second))
+            measured = torch.as_tensor(self.metric_fn(first, second)).detach()
+            rows = measured.new_full((len(measurable), *measured.shape[1:]), torch.nan)
+            rows[torch.tensor(measurable, device=rows.device)] = measured
+            values[name] = rows.flatten(1)
 
     def completed(self, engine: Workflow, name: str) -> None:
         """Write the result to the engine's metrics, if there is one."""

@@ -11,9 +11,7 @@ from numbers import Integral, Real
 import torch
 import torch.nn.functional as F
 
-from monai.losses import BendingEnergyLoss
-
-from monai_sacb.losses import LNCCLoss
+from monai_sacb.losses import BendingPenaltyLoss, LNCCLoss
 from monai_sacb.networks.layers import warp
 
 __all__ = ["refine_ddf"]
@@ -99,7 +97,8 @@ def refine_ddf(
         ddf: field to start from, ``(B, d, *spatial)`` in voxels of the fixed grid, pull-back.
         similarity: ``(warped, fixed) -> loss``. Defaults to :py:class:`monai_sacb.losses.LNCCLoss` with windows of 5
             voxels.
-        regularization: ``(ddf) -> loss``. Defaults to MONAI's ``BendingEnergyLoss``.
+        regularization: ``(ddf) -> loss``. Defaults to
+            :py:class:`monai_sacb.losses.BendingPenaltyLoss`, in voxels.
         regularization_weight: weight of the regularization.
         iterations: steps at most; 0 returns the field as it is.
         learning_rate: size of the first steps, in voxels; it falls to zero along half a cosine.
@@ -128,7 +127,7 @@ def refine_ddf(
     if iterations == 0:
         return ddf.detach()
     compare = LNCCLoss(kernel_size=5) if similarity is None else similarity
-    penalty = BendingEnergyLoss() if regularization is None else regularization
+    penalty = BendingPenaltyLoss() if regularization is None else regularization
 
     def objective(moving: torch.Tensor, fixed: torch.Tensor, field: torch.Tensor) -> torch.Tensor:
         loss = compare(warp(moving, field), fixed)

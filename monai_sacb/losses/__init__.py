@@ -2,8 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from .landmark import LandmarkLoss
 from .lncc import LNCCLoss
+from .mind import MINDSSCLoss, mind_ssc
 from .registration import RegistrationLoss
-from .smoothness import GradientPenaltyLoss
+from .smoothness import BendingPenaltyLoss, GradientPenaltyLoss
+from .warped_dice import WarpedLabelDiceLoss
 
-__all__ = ["GradientPenaltyLoss", "LNCCLoss", "RegistrationLoss"]
+__all__ = [
+    "BendingPenaltyLoss",
+    "GradientPenaltyLoss",
+    "LNCCLoss",
+    "LandmarkLoss",
+    "MINDSSCLoss",
+    "RegistrationLoss",
+    "WarpedLabelDiceLoss",
+    "mind_ssc",
+]

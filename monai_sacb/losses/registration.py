@@ -9,11 +9,12 @@ from numbers import Real
 import torch
 from torch import nn
 
-from monai.losses import DiceLoss
 from monai.networks import one_hot
 
+from monai_sacb.losses.landmark import LandmarkLoss
 from monai_sacb.losses.lncc import LNCCLoss
 from monai_sacb.losses.smoothness import GradientPenaltyLoss
+from monai_sacb.losses.warped_dice import WarpedLabelDiceLoss, has_labels
 from monai_sacb.networks.layers import warp
 
 __all__ = ["RegistrationLoss"]
@@ -21,24 +22,31 @@ __all__ = ["RegistrationLoss"]
 
 class RegistrationLoss(nn.Module):
     """
-    Similarity of the warped moving image to the fixed one, plus smoothness of the field, plus overlap of labels.
+    Similarity of the warped moving image to the fixed one, plus smoothness of the field, plus overlap of labels, plus
+    distance of landmarks.
 
-    Every term is a module that can be exchanged, for one of MONAI's losses for instance.
+    Every term is a module that can be exchanged, for one of MONAI's losses for instance. The terms of labels and of
+    landmarks are left out where a batch has none.
 
     Args:
         similarity: ``(warped, fixed) -> loss``. Defaults to :py:class:`LNCCLoss` with its window of 9 voxels.
         regularization: ``(ddf) -> loss``, or several with their names. Defaults to :py:class:`GradientPenaltyLoss`.
         regularization_weight: weight λ of the regularization, or of each by name.
-        label: ``(warped one-hot, fixed one-hot) -> loss``. Defaults to MONAI's ``DiceLoss`` without background. Used
-            only where ``label_weight`` is not 0.
+        label: a :py:class:`WarpedLabelDiceLoss`, the default; or ``(warped one-hot, fixed one-hot) -> loss``, such as
+            MONAI's ``DiceLoss``, whose memory grows with the number of labels. Used only where ``label_weight`` is not
+            0.
         label_weight: weight of the label term. The labels of the moving image are warped as one-hot maps, linearly.
         num_labels: number of labels, which are the values 1 to ``num_labels``; needed for the label term.
         use_masks: compare the images only where both have been measured (see
             :py:class:`monai_sacb.transforms.FieldOfViewd`): for images that are cropped differently.
+        landmarks: ``(ddf, fixed points, moving points) -> loss``. Defaults to :py:class:`LandmarkLoss`, in voxels.
+        landmark_weight: weight of the landmark term.
 
     Attributes:
-        weights: weight of each term, named ``"similarity"``, ``"label"`` and ``"regularization"`` or as given, which
-            :py:class:`monai_sacb.handlers.LossWeightSchedule` changes.
+        weights: weight of each term, named ``"similarity"``, ``"label"``, ``"landmarks"`` and ``"regularization"`` or
+            as given, which :py:class:`monai_sacb.handlers.LossWeightSchedule` changes.
+        last_terms: value of each term that the last call computed, without its weight and without gradient; see
+            :py:class:`monai_sacb.handlers.LossTerms`.
 
     Raises:
         ValueError: When a weight is negative or not finite, weights and regularizations have not the same names, or the
@@ -56,6 +64,8 @@ class RegistrationLoss(nn.Module):
         label_weight: float = 0.0,
         num_labels: int | None = None,
         use_masks: bool = False,
+        landmarks: nn.Module | None = None,
+        landmark_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if regularization is None:
@@ -64,12 +74,18 @@ class RegistrationLoss(nn.Module):
             regularization = {"regularization": regularization}
         if not isinstance(regularization_weight, Mapping):
             regularization_weight = {"regularization": regularization_weight}
-        if set(regularization) != set(regularization_weight) or {"similarity", "label"} & set(regularization):
+        reserved = {"similarity", "label", "landmarks"}
+        if set(regularization) != set(regularization_weight) or reserved & set(regularization):
             raise ValueError(
-                "regularization and regularization_weight must have the same names, other than similarity and label, "
-                f"got {sorted(regularization)} and {sorted(regularization_weight)}."
+                "regularization and regularization_weight must have the same names, other than similarity, label and "
+                f"landmarks, got {sorted(regularization)} and {sorted(regularization_weight)}."
             )
-        self.weights = {"similarity": 1.0, **regularization_weight, "label": label_weight}
+        self.weights = {
+            "similarity": 1.0,
+            **regularization_weight,
+            "label": label_weight,
+            "landmarks": landmark_weight,
+        }
         for name, weight in self.weights.items():
             if not isinstance(weight, Real) or not 0 <= weight < math.inf:
                 raise ValueError(f"the weight of {name} must be a finite number of at least 0, got {weight!r}.")
@@ -79,44 +95,65 @@ class RegistrationLoss(nn.Module):
         self.regularization_names = list(regularization)
         # a list, unlike a dictionary of modules, takes terms of any name
         self.regularizations = nn.ModuleList(regularization.values())
-        self.label = DiceLoss(include_background=False) if label is None else label
+        self.label = WarpedLabelDiceLoss() if label is None else label
         self.num_labels = num_labels
         self.use_masks = use_masks
+        self.landmarks = LandmarkLoss() if landmarks is None else landmarks
+        self.last_terms: dict[str, torch.Tensor] = {}
 
     def forward(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """
         Args:
             pred: DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back.
-            target: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; with the label term also
-                ``moving_label`` and ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``; with
-                ``use_masks`` also ``moving_field_of_view`` and ``fixed_field_of_view``, ``(B, 1, *spatial)``, 0 or 1.
+            target: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``. Possibly ``moving_label`` and
+                ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``, or -1 throughout for a subject
+                without labels; ``moving_landmarks`` and ``fixed_landmarks``, ``(B, N, d)``, in voxels, rows of NaN
+                where there are less. With ``use_masks`` also ``moving_field_of_view`` and ``fixed_field_of_view``,
+                ``(B, 1, *spatial)``, 0 or 1.
 
         Returns:
             the weighted sum, a scalar.
 
         Raises:
-            ValueError: When the batch lacks the labels or the fields of view that are wanted.
+            ValueError: When the batch lacks the fields of view that are wanted, or the label term has been switched on
+                without ``num_labels``.
         """
-        warped, fixed = warp(target["moving_image"], pred), target["fixed_image"]
-        if self.use_masks:
-            missing = [key for key in ("moving_field_of_view", "fixed_field_of_view") if key not in target]
-            if missing:
-                raise ValueError(f"use_masks needs fields of view, but the batch has no {missing}.")
-            # nearest and without gradient: nothing is gained by moving the edge of the mask
-            mask = target["fixed_field_of_view"] * warp(target["moving_field_of_view"], pred.detach(), mode="nearest")
-            warped, fixed = warped * mask, fixed * mask
-        loss = self.weights["similarity"] * self.similarity(warped, fixed)
+        terms = {"similarity": self.similarity(*self._images(pred, target))}
         for name, term in zip(self.regularization_names, self.regularizations):
             if self.weights[name] > 0:
-                loss = loss + self.weights[name] * term(pred)
-        if self.weights["label"] > 0:
-            missing = [key for key in ("moving_label", "fixed_label") if key not in target]
-            if self.num_labels is None:
-                raise ValueError(f"the label term needs num_labels of at least 1, got {self.num_labels}.")
-            if missing:
-                raise ValueError(f"the label term of the loss needs labels, but the batch has no {missing}.")
-            moving_maps, fixed_maps = (
-                one_hot(target[key], self.num_labels + 1) for key in ("moving_label", "fixed_label")
-            )
-            loss = loss + self.weights["label"] * self.label(warp(moving_maps, pred), fixed_maps)
+                terms[name] = term(pred)
+        if self.weights["label"] > 0 and "moving_label" in target and "fixed_label" in target:
+            label = self._label_term(pred, target["moving_label"], target["fixed_label"])
+            if label is not None:
+                terms["label"] = label
+        if self.weights["landmarks"] > 0 and "moving_landmarks" in target and "fixed_landmarks" in target:
+            terms["landmarks"] = self.landmarks(pred, target["fixed_landmarks"], target["moving_landmarks"])
+        self.last_terms = {name: value.detach() for name, value in terms.items()}
+        loss = self.weights["similarity"] * terms.pop("similarity")
+        for name, value in terms.items():
+            loss = loss + self.weights[name] * value
         return loss
+
+    def _images(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The warped and the fixed image, zero outside the masks if they are wanted."""
+        warped, fixed = warp(target["moving_image"], pred), target["fixed_image"]
+        if not self.use_masks:
+            return warped, fixed
+        missing = [key for key in ("moving_field_of_view", "fixed_field_of_view") if key not in target]
+        if missing:
+            raise ValueError(f"use_masks needs fields of view, but the batch has no {missing}.")
+        # nearest and without gradient: nothing is gained by moving the edge of the mask
+        mask = target["fixed_field_of_view"] * warp(target["moving_field_of_view"], pred.detach(), mode="nearest")
+        return warped * mask, fixed * mask
+
+    def _label_term(self, pred: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor | None:
+        """The label term of those pairs of which both subjects have labels, if there are any."""
+        if self.num_labels is None:
+            raise ValueError(f"the label term needs num_labels of at least 1, got {self.num_labels}.")
+        if isinstance(self.label, WarpedLabelDiceLoss):
+            return self.label(moving, fixed, pred, self.num_labels)
+        labelled = has_labels(moving) & has_labels(fixed)
+        if not labelled.any():
+            return None
+        moving_maps, fixed_maps = (one_hot(label[labelled], self.num_labels + 1) for label in (moving, fixed))
+        return self.label(warp(moving_maps, pred[labelled]), fixed_maps)

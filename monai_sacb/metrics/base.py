@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from monai.data import MetaTensor
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
 
-__all__ = ["PairwiseMetric"]
+__all__ = ["PairwiseMetric", "spacings_of"]
+
+
+def spacings_of(reference: torch.Tensor) -> list[list[float]]:
+    """
+    Voxel sizes of a batch, from the affine of a ``MetaTensor``; 1 mm for a plain tensor.
+
+    Args:
+        reference: ``(B, C, *spatial)``. A batch has one affine, or one for each of its images.
+
+    Returns:
+        for each image, the voxel size along each axis in mm.
+    """
+    dims = reference.dim() - 2
+    affines = reference.affine if isinstance(reference, MetaTensor) else torch.eye(dims + 1)
+    affines = affines.expand(len(reference), *affines.shape[-2:])
+    spacings: list[list[float]] = affines[:, :dims, :dims].double().norm(dim=1).tolist()
+    return spacings
 
 
 class PairwiseMetric(CumulativeIterationMetric):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from monai.data import MetaTensor
 from monai.utils import MetricReduction
 
-from monai_sacb.metrics.base import PairwiseMetric
+from monai_sacb.metrics.base import PairwiseMetric, spacings_of
 from monai_sacb.utils import plain_tensor
 
 __all__ = ["FieldErrorMetric", "compute_field_error"]
@@ -61,13 +60,8 @@ class FieldErrorMetric(PairwiseMetric):
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         if y is None:
             raise ValueError("the true field is needed as y.")
-        dims = y_pred.shape[1]
-        affines = y.affine if isinstance(y, MetaTensor) else torch.eye(dims + 1)
-        # a batch has one affine for each of its images
-        affines = affines.expand(len(y), *affines.shape[-2:])
         ddf, true_ddf = plain_tensor(y_pred), plain_tensor(y)
         if self.identity:
             ddf = torch.zeros_like(ddf)
-        spacings = affines[:, :dims, :dims].double().norm(dim=1).tolist()
-        errors = [compute_field_error(ddf[i : i + 1], true_ddf[i : i + 1], s) for i, s in enumerate(spacings)]
+        errors = [compute_field_error(ddf[i : i + 1], true_ddf[i : i + 1], s) for i, s in enumerate(spacings_of(y))]
         return torch.cat(errors)

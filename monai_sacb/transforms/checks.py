@@ -77,13 +77,14 @@ class CheckVolumed(MapTransform):
 
 class CheckPaird(Transform):
     """
-    Refuse a pair whose images do not belong together, in the number of channels or the size of image and label.
+    Refuse a pair whose images do not belong together, in the number of channels, the size of image and label, or the
+    number of points.
 
     Voxel sizes that differ by more than a percent are warned of: the network pairs voxels by their indices.
 
     Raises:
-        ValueError: When the moving and the fixed image have different numbers of channels, or a label map has another
-            size than its image.
+        ValueError: When the moving and the fixed image have different numbers of channels or points, or a label map has
+            another size than its image.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -107,4 +108,11 @@ class CheckPaird(Transform):
                     f"{image_name(f'{role}_label', label)} has size {tuple(label.shape[1:])}, but "
                     f"{image_name(f'{role}_image', image)} has {tuple(image.shape[1:])}."
                 )
+        # paths are points that the preprocessing did not load
+        points = [p for p in (data.get("moving_points"), data.get("fixed_points")) if isinstance(p, torch.Tensor)]
+        if len(points) == 2 and len(points[0]) != len(points[1]):
+            raise ValueError(
+                f"{image_name('moving_image', moving)} has {len(points[0])} points, but "
+                f"{image_name('fixed_image', fixed)} has {len(points[1])}; they are paired by their order."
+            )
         return dict(data)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .bundle import find_bundle_root
-from .files import replacing
+from .files import file_digest, replacing
 from .tensors import image_name, is_exported, is_traced, plain_tensor, subject_name
 from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
     "compare_states",
+    "file_digest",
     "find_bundle_root",
     "image_name",
     "is_exported",

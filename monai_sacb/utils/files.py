@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["file_digest", "replacing"]
 
 
 @contextmanager
@@ -39,3 +40,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """
+    SHA-256 of a file's content, as hexadecimal digits.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: When it does not exist.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

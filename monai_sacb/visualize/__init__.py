@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .registration import plot_registration
+from .structures import plot_structures
 
-__all__ = ["plot_registration"]
+__all__ = ["plot_registration", "plot_structures"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import monai_sacb
@@ -32,6 +34,12 @@ MISTAKES = {
     "missing argument": (["bundle"], r"output_dir"),
     "option without value": (["bundle", "--output_dir"], r"output_dir"),
     "option followed by another": (["bundle", "--output_dir", "--output_dir"], r"output_dir"),
+    "conversion without folders": (["convert_dataset"], r"--input_dir and --output_dir"),
+    "conversion with an unknown option": (
+        ["convert_dataset", "--input_dir=a", "--output_dir=b", "--force"],
+        r"--force",
+    ),
+    "conversion of nothing": (["convert_dataset", "--input_dir=a", "--output_dir=b"], r"'a' has no folder Train"),
     "empty name": (["bundle", "--output_dir="], r"output_dir|exists"),
 }
 
@@ -82,6 +90,19 @@ def test_bundle_is_copied(capsys: pytest.CaptureFixture[str], own_folder: Path, 
     for name in ("LICENSE", *(f"configs/{n}.json" for n in ("train", "evaluate", "inference", "metadata"))):
         assert copy[os.path.normpath(name)] == (source / name).read_bytes()
     assert {n for n in files(source) if n.startswith("configs")} == {n for n in copy if n.startswith("configs")}
+
+
+def test_conversion(capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
+    (own_folder / "2024" / "Train").mkdir(parents=True)
+    for i in range(2):
+        volumes = np.full((3, 4, 5), i, np.float32), np.full((3, 4, 5), 7 * i, np.int64)
+        (own_folder / "2024" / "Train" / f"{i}.pkl").write_bytes(pickle.dumps(volumes))
+    assert exit_code(["convert_dataset", "--input_dir", "2024", "--output_dir", "2025"]) == 0
+    assert capsys.readouterr().out == "2025\n"
+    assert set(files(own_folder / "2025")) == {
+        "dataset.json",
+        *(f"{key}sTr/{i}.nii.gz" for key in ("image", "label") for i in range(2)),
+    }
 
 
 NAMES = [

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from scipy.ndimage import map_coordinates
 
 from monai.bundle import ConfigWorkflow
 
@@ -58,7 +59,7 @@ def test_training_writes_everything_below_output_dir(
     assert 0.2 < summary["val_dice_before/mean"] < 0.9
     assert 0.2 < summary["val_dice/mean"] < 1.0
     assert summary["val_field_error_before_mm"] > 2.0
-    assert "grey_matter" in caplog.text and "Dice before" in caplog.text
+    assert "grey_matter" in caplog.text and "dice_before" in caplog.text
     pairs = sorted(path.name for path in (output / "registered").iterdir())
     assert pairs == ["brain_03_to_brain_04", "brain_04_to_brain_03"]
     fixed = nib.load(sample / "images" / "brain_04.nii.gz")
@@ -98,6 +99,37 @@ def test_data_without_labels(workflow: Make, sample: Path, tmp_path: Path) -> No
     assert summary.keys() == {"pairs", "val_folds_percent", "val_similarity"}
     assert 0.01 < summary["val_similarity"] < 1
     assert (tmp_path / "output" / "model.pt").is_file()
+
+
+def test_data_with_points(workflow: Make, sample: Path, tmp_path: Path) -> None:
+    """Key points in voxels of the files: places of the template, found in every subject by its own true field."""
+    content = json.loads((sample / "dataset.json").read_text())
+    folder = tmp_path / "points"
+    folder.mkdir()
+    template = np.random.default_rng(0).uniform(6, 12, (30, 3))
+    for section in ("training", "validation"):
+        for i, entry in enumerate(content[section]):
+            entry.update({key: str(sample / path) for key, path in entry.items()})
+            inverse = nib.load(entry["inverse_ddf"]).get_fdata()
+            shifts = [map_coordinates(inverse[..., axis], template.T, order=1) for axis in range(3)]
+            entry["keypoints"] = f"{section}_{i}.csv"
+            np.savetxt(folder / entry["keypoints"], template + np.stack(shifts, -1), delimiter=",")
+    (folder / "dataset.json").write_text(json.dumps(content))
+    flow = workflow("train", dataset_dir=str(folder), max_epochs=1)
+    flow.run()
+    summary = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert 2.0 < summary["val_tre_before_mm"] < 40.0
+    assert 0.0 < summary["val_tre_mm"] != summary["val_tre_before_mm"]
+    # the true field in the place of the network's
+    parsed = flow.parser.get_parsed_content
+    pair = parsed("validate#dataset")[0]
+    pair = parsed("validate#postprocessing")({**pair, "pred": torch.nan_to_num(pair["true_ddf"].as_tensor())})
+    before, after = (
+        (pair[key] - pair["moving_points"]).norm(dim=1).median() for key in ("unregistered_points", "warped_points")
+    )
+    assert after < 0.2 * before
+    # training needs no points by itself
+    assert "moving_landmarks" not in parsed("train#dataset")[0]
 
 
 def test_resume_is_bit_equal(workflow: Make, tmp_path: Path) -> None:
@@ -181,7 +213,13 @@ def test_evaluate_overlay_repeats_the_numbers_of_training(workflow: Make, tmp_pa
     flow = workflow("train", "evaluate", output_dir=str(other), ckpt_path=str(tmp_path / "output" / "model.pt"))
     flow.run_id = "evaluating"
     flow.run()
-    assert json.loads((other / "summary.json").read_text()) == trained
+    evaluated = json.loads((other / "summary.json").read_text())
+    assert {name: evaluated[name] for name in trained} == trained
+    # an evaluation by itself measures more
+    more = {"val_hd95_mm/mean", "val_surface_dice/grey_matter", "val_ndv_percent", "val_sdlogj", "seconds"}
+    assert more | {"val_dice/mean_low95", "val_dice/mean_high95"} <= evaluated.keys()
+    assert {"pairs.csv", "structures.csv", "structures.png"} <= {path.name for path in other.iterdir()}
+    assert not (other / "pairs.jsonl").exists()
     assert (tmp_path / "output" / "model.pt").read_bytes() == weights
     assert not (other / "model.pt").exists() and not (other / "checkpoint.pt").exists()
 

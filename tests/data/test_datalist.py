@@ -148,6 +148,73 @@ def test_labels_and_other_files_come_with_the_subject(tmp_path: Path) -> None:
     assert set(d) == {"image", "label"}
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"points": "keypointsTr/{}.csv"},
+        {"keypoints": "./keypointsTr/{}.csv"},
+        # as in the lists of the challenge
+        {"keypoints": "./keypointsTr/{}.nii.gz"},
+        {"points": "keypointsTr/{}.csv", "keypoints": "absent.csv"},
+    ],
+    ids=str,
+)
+def test_points(tmp_path: Path, listed: dict[str, str]) -> None:
+    training = [{**entry(n), **{key: path.format(n) for key, path in listed.items()}} for n in "abcd"]
+    content = {"training": training, "registration_val": [pair("c", "d")], "registration_test": [pair("a", "d")]}
+    folder = write_dataset(tmp_path, "abcd", content)
+    (folder / "keypointsTr").mkdir()
+    for name in "abcd":
+        (folder / "keypointsTr" / f"{name}.csv").write_text("1,2,3\n")
+    for subjects in (load_subjects(folder), load_subjects(folder, "validation"), load_request(folder)["data"]):
+        assert len(subjects) == 2
+        for subject in subjects:
+            assert subject.keys() == {"image", "label", "points"}
+            assert subject["points"] == subject["image"].replace("images", "keypointsTr").replace(".nii.gz", ".csv")
+
+
+@pytest.mark.parametrize("listed", [{"keypoints": 3}, {"keypoints": None}, {"points": None}, {}], ids=str)
+def test_no_points(tmp_path: Path, listed: dict[str, Any]) -> None:
+    folder = write_dataset(tmp_path, "abcd", {"training": [{**entry(n), **listed} for n in "abcd"]})
+    assert all(subject.keys() == {"image", "label"} for subject in load_subjects(folder))
+
+
+@pytest.mark.parametrize("key", ["points", "keypoints"])
+def test_points_that_do_not_exist(tmp_path: Path, key: str) -> None:
+    folder = write_dataset(tmp_path, "abcd", {"training": [{**entry(n), key: f"{n}.nii.gz"} for n in "abcd"]})
+    name = "a.csv" if key == "keypoints" else "a.nii.gz"
+    with pytest.raises(FileNotFoundError, match=rf"training\[0\]: points '.*{re.escape(name)}' does not exist"):
+        load_subjects(folder)
+
+
+@pytest.mark.parametrize(
+    ("pair_list", "names", "pairs"),
+    [
+        (None, ["a", "b"], [(0, 1)]),
+        ("registration_val", ["a", "b"], [(0, 1)]),
+        ("registration_test", ["d", "c", "a"], [(0, 1), (2, 1)]),
+    ],
+)
+def test_the_list_that_is_registered(
+    tmp_path: Path, pair_list: str | None, names: list[str], pairs: list[tuple[int, int]]
+) -> None:
+    lists = {"registration_val": [pair("a", "b")], "registration_test": [pair("d", "c"), pair("a", "c")]}
+    folder = write_dataset(tmp_path, "abcd", {"training": [entry(n) for n in "abcd"], **lists})
+    request = load_request(folder, pair_list=pair_list)
+    assert image_names(request["data"]) == names and request["pairs"] == pairs
+
+
+@pytest.mark.parametrize(
+    ("pair_list", "message"),
+    [("registration_test", r"has no list 'registration_test' of pairs"), ("validation", r"one of .*got 'validation'")],
+)
+def test_a_list_that_is_not_there(tmp_path: Path, pair_list: str, message: str) -> None:
+    content = {"training": [entry(n) for n in "abcd"], "registration_val": [pair("a", "b")], "registration_test": []}
+    folder = write_dataset(tmp_path, "abcd", content)
+    with pytest.raises(ValueError, match=message):
+        load_request(folder, pair_list=pair_list)
+
+
 def test_labels_of_a_pair(tmp_path: Path) -> None:
     listed = {**pair("c", "d"), "moving_label": "labels/c.nii.gz", "fixed_label": "labels/d.nii.gz"}
     folder = write_dataset(tmp_path, "abcd", {"training": [entry("a"), entry("b")], "registration_val": [listed]})
@@ -310,7 +377,7 @@ def test_request_of_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
 TWO = [entry("a"), entry("b")]
 # (function, content of dataset.json, exception, message)
 ILL_CASES: dict[str, tuple[Callable[[Path], Any], Any, type[Exception], str]] = {
-    "unknown section": (lambda d: load_subjects(d, "test"), {"training": TWO}, ValueError, r"'test'"),
+    "unknown section": (lambda d: load_subjects(d, "tests"), {"training": TWO}, ValueError, r"'tests'"),
     "no folder": (lambda d: load_subjects(d / "absent"), {"training": TWO}, FileNotFoundError, r"absent"),
     "no dataset.json": (lambda d: load_subjects(d / "images"), {"training": TWO}, FileNotFoundError, r"images"),
     "not JSON": (load_subjects, "training: [a, b]", ValueError, r"dataset\.json' is not a JSON"),

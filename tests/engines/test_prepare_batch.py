@@ -31,6 +31,8 @@ def batch(shape: tuple[int, ...], labels: tuple[str, ...] = (), meta: bool = Fal
     for key in labels:
         # label maps and fields of view
         result[key] = torch.randint(0, 3, (shape[0], 1, *shape[2:]), dtype=torch.uint8, generator=generator)
+        if key.endswith("landmarks"):
+            result[key] = torch.rand(shape[0], 7, len(shape) - 2, generator=generator)
     if meta:
         for i, key in enumerate(["fixed_image", "moving_image", *labels]):
             affine = torch.diag(torch.tensor([i + 1.0, 1, 1, 1], dtype=torch.float64))
@@ -60,6 +62,8 @@ def test_input_is_moving_then_fixed(shape: tuple[int, ...], meta: bool) -> None:
         ("moving_label", "fixed_label"),
         ("moving_field_of_view", "fixed_field_of_view"),
         ("fixed_field_of_view", "moving_label"),
+        ("moving_landmarks", "fixed_landmarks"),
+        ("fixed_landmarks", "moving_label"),
         ("moving_label", "fixed_label", "moving_field_of_view", "fixed_field_of_view"),
     ],
     ids=str,

@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset as TorchDataset
 
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.metrics import DiceMetric
 
 from monai_sacb.engines import PrepareRegistrationBatch
-from monai_sacb.handlers import PairMetric, RegistrationTable
-from monai_sacb.metrics import FieldErrorMetric, FoldsMetric
+from monai_sacb.handlers import PairJournal, PairMetric, RegistrationTable
+from monai_sacb.metrics import FieldErrorMetric, FoldsMetric, bootstrap_interval
 from monai_sacb.transforms import WarpDDFd
 
 SHAPE = (6, 7, 8)
+LABELS = ["left", "right"]
 LOGGER = "monai_sacb.handlers.registration_table"
 NAN = float("nan")
 
@@ -79,11 +81,14 @@ def dice(*keys: str) -> PairMetric:
 
 
 def evaluate(
-    table: RegistrationTable | None, data: Sequence[dict[str, torch.Tensor]], batch_size: int = 1, runs: int = 1
+    table: RegistrationTable | None,
+    data: Sequence[dict[str, torch.Tensor]] | Dataset,
+    batch_size: int = 1,
+    runs: int = 1,
 ) -> SupervisedEvaluator:
     engine = SupervisedEvaluator(
         device=torch.device("cpu"),
-        val_data_loader=DataLoader(Dataset(data), batch_size=batch_size),
+        val_data_loader=DataLoader(data if isinstance(data, TorchDataset) else Dataset(data), batch_size=batch_size),
         network=Shift(),
         prepare_batch=PrepareRegistrationBatch(),
         postprocessing=WarpDDFd("moving_label", "warped_label", mode="nearest", allow_missing_keys=True),
@@ -121,7 +126,7 @@ def nanmean(values: Sequence[float]) -> float:
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_one_row_for_each_pair(tmp_path: Path, batch_size: int) -> None:
     evaluate(RegistrationTable(tmp_path / "out", ["left", "right"]), PAIRS, batch_size)
-    assert sorted(os.listdir(tmp_path / "out")) == ["pairs.csv", "summary.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["pairs.csv", "structures.csv", "summary.json"]
     found = rows(tmp_path / "out")
     assert list(found[0]) == [
         "moving",
@@ -147,7 +152,10 @@ def test_one_row_for_each_pair(tmp_path: Path, batch_size: int) -> None:
 def test_means_in_the_summary(tmp_path: Path) -> None:
     evaluate(RegistrationTable(str(tmp_path), ["left", "right"]), PAIRS)
     found = summary(tmp_path)
-    assert found.keys() == {"pairs", *(set(rows(tmp_path)[0]) - {"moving", "fixed"})}
+    lowest = {f"{name}/mean_lowest30" for name in ("val_dice", "val_dice_before")}
+    assert found.keys() == {"pairs", *(set(rows(tmp_path)[0]) - {"moving", "fixed"}), *lowest}
+    # one of three pairs
+    assert found["val_dice/mean_lowest30"] == pytest.approx(0.5) and found["val_dice_before/mean_lowest30"] == 0.25
     assert found["pairs"] == 3
     for name, values in (("val_dice", AFTER), ("val_dice_before", BEFORE)):
         assert found[f"{name}/left"] == pytest.approx(nanmean([v[0] for v in values]), abs=1e-6)
@@ -166,10 +174,11 @@ def test_table_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     (text,) = [record.getMessage() for record in caplog.records if record.name == LOGGER]
     lines = [line.split() for line in text.strip().splitlines()]
     assert lines == [
-        ["3", "pairs", "Dice", "before", "after"],
+        ["3", "pairs", "dice_before", "dice"],
         ["left", "0.5000", "0.5000"],
         ["right", "0.7500", "0.7500"],
         ["mean", "0.6667", "0.5833"],
+        ["lowest", "30", "%", "0.2500", "0.5000"],
         ["val_field_error_before_mm", "2.0000"],
         ["val_field_error_mm", "2.4531"],
         ["val_folds_percent", "0.0000"],
@@ -183,7 +192,11 @@ def test_columns_in_the_log_stand_below_each_other(
     with caplog.at_level(logging.INFO, LOGGER):
         evaluate(RegistrationTable(tmp_path, ["left", "right"]), PAIRS[:1] * number)
     (text,) = [record.getMessage() for record in caplog.records if record.name == LOGGER]
-    assert len({len(line) for line in text.strip().splitlines()}) == 1, text
+    head, *lines = text.strip().splitlines()
+    ends = {head.index("dice_before") + len("dice_before"), len(head)}
+    assert {len(line) for line in lines} == ends, text
+    # the point of every number stands at one of two places
+    assert {i for line in lines for i, letter in enumerate(line) if letter == "."} == {end - 5 for end in ends}, text
 
 
 def test_what_nobody_has_is_null(tmp_path: Path) -> None:
@@ -199,7 +212,7 @@ def test_what_nobody_has_is_null(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [(), ("val_folds_percent",), ("absent", "val_field_error_mm")], ids=str)
 def test_columns_that_are_asked_for(tmp_path: Path, others: tuple[str, ...]) -> None:
-    table = RegistrationTable(tmp_path, ["x", "y"], after="val_dice_before", before="val_dice", others=others)
+    table = RegistrationTable(tmp_path, ["x", "y"], ("val_dice", "absent", "val_dice_before"), others)
     evaluate(table, PAIRS)
     names = list(rows(tmp_path)[0])[2:]
     present = [name for name in others if name != "absent"]
@@ -259,5 +272,129 @@ def test_failed_write_keeps_the_old_table(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "write_text", failing)
     with pytest.raises(OSError, match="disk full"):
         evaluate(RegistrationTable(tmp_path, ["left", "right"]), PAIRS[:1])
-    assert sorted(os.listdir(tmp_path)) == ["pairs.csv", "summary.json"]
+    assert sorted(os.listdir(tmp_path)) == ["pairs.csv", "structures.csv", "summary.json"]
     assert (tmp_path / "summary.json").read_bytes() == before["summary.json"]
+
+
+def test_structures(tmp_path: Path) -> None:
+    evaluate(RegistrationTable(tmp_path, ["left", "right"]), PAIRS)
+    with open(tmp_path / "structures.csv", newline="") as file:
+        found = {row["structure"]: row for row in csv.DictReader(file)}
+    assert list(found) == ["left", "right", "mean"]
+    assert [float(found["left"][f"val_dice {x}"]) for x in ("mean", "median", "std")] == pytest.approx(
+        [0.5, 0.5, (0.5 / 3) ** 0.5], abs=1e-5
+    )
+    assert [found[name]["val_dice pairs"] for name in ("left", "right")] == ["3", "2"]
+    assert float(found["right"]["val_dice_before mean"]) == pytest.approx(0.75)
+
+
+def test_groups(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, LOGGER):
+        evaluate(RegistrationTable(tmp_path, ["left", "right"], groups={"one": ["right"], "all": LABELS}), PAIRS)
+    found = summary(tmp_path)
+    assert found["val_dice/one"] == found["val_dice/right"]
+    assert found["val_dice/all"] == pytest.approx(found["val_dice/mean"])
+    assert found["val_dice/one_lowest30"] == pytest.approx(0.5)
+    assert "\none " in caplog.text and "val_dice/one" in rows(tmp_path)[0]
+
+
+def test_absent_structures_as_zero(tmp_path: Path) -> None:
+    evaluate(RegistrationTable(tmp_path, LABELS, absent_as_zero=True), PAIRS)
+    assert summary(tmp_path)["val_dice/mean_absent_as_zero"] == pytest.approx(sum([1.0, 0.5, 0.0, 1.0, 0.5, 0.0]) / 6)
+    assert summary(tmp_path)["val_dice/mean"] == pytest.approx(1.75 / 3)
+
+
+@pytest.mark.parametrize("members", [["middle"], []])
+def test_unknown_structure_in_a_group(tmp_path: Path, members: list[str]) -> None:
+    with pytest.raises(ValueError, match="group 'one' must name some of the structures, got"):
+        RegistrationTable(tmp_path, ["left", "right"], groups={"one": members})
+
+
+def test_intervals(tmp_path: Path) -> None:
+    evaluate(RegistrationTable(tmp_path, ["left", "right"], num_resamples=300), PAIRS * 4)
+    found = summary(tmp_path)
+    values = [float(row["val_dice/mean"]) for row in rows(tmp_path)]
+    names = [(row["moving"], row["fixed"]) for row in rows(tmp_path)]
+    expected = bootstrap_interval(values, names, num_resamples=300)
+    assert (found["val_dice/mean_low95"], found["val_dice/mean_high95"]) == pytest.approx(expected, abs=1e-5)
+    assert 0 < found["val_dice/mean_low95"] < found["val_dice/mean"] < found["val_dice/mean_high95"] < 1
+    assert found["val_field_error_mm_low95"] < found["val_field_error_mm_high95"]
+
+
+def test_picture(tmp_path: Path) -> None:
+    evaluate(RegistrationTable(tmp_path, ["left", "right"], plot=["val_dice_before", "val_dice"]), PAIRS)
+    assert (tmp_path / "structures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def indexed() -> list[dict[str, torch.Tensor]]:
+    return [{**item, "pair_index": i} for i, item in enumerate(PAIRS)]
+
+
+class KilledError(Exception):
+    """In the place of a kill."""
+
+
+def evaluate_until(output_dir: Path, stop: int | None, settings: Any = 0, resume: bool = True) -> list[int]:
+    """Evaluate with a journal, stopped in front of a pair; the pairs that were measured."""
+    journal = PairJournal(output_dir / "pairs.jsonl", settings, resume)
+    seen: list[int] = []
+
+    def load(item: dict[str, Any]) -> dict[str, Any]:
+        if item["pair_index"] == stop:
+            raise KilledError
+        seen.append(item["pair_index"])
+        return item
+
+    table = RegistrationTable(output_dir, LABELS, num_resamples=20, journal=journal)
+    try:
+        evaluate(table, journal.remaining(Dataset(indexed(), load)))
+    except Exception:
+        assert stop is not None
+    return seen
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize("torn", [False, True])
+def test_goes_on_where_it_was_stopped(tmp_path: Path, stop: int, torn: bool) -> None:
+    assert evaluate_until(tmp_path / "whole", None) == [0, 1, 2]
+    assert sorted(os.listdir(tmp_path / "whole")) == ["pairs.csv", "structures.csv", "summary.json"]
+    assert evaluate_until(tmp_path / "parts", stop) == list(range(stop))
+    assert os.listdir(tmp_path / "parts") == ["pairs.jsonl"]
+    if torn:
+        # cut off while a line was written
+        with open(tmp_path / "parts" / "pairs.jsonl", "a") as file:
+            file.write('{"pair": 1, "mov')
+    assert evaluate_until(tmp_path / "parts", None) == list(range(stop, 3))
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
+    assert not (tmp_path / "parts" / "pairs.jsonl").exists()
+
+
+def test_begins_anew_unless_told_to_resume(tmp_path: Path) -> None:
+    evaluate_until(tmp_path, 2)
+    assert evaluate_until(tmp_path, None, resume=False) == [0, 1, 2]
+    assert summary(tmp_path)["pairs"] == 3
+
+
+def test_all_measured_but_not_reported(tmp_path: Path) -> None:
+    journal = PairJournal(tmp_path / "pairs.jsonl")
+    journal.begin()
+    journal.append([{"pair": i, "moving": "a", "fixed": "b", "values": {"x": [math.nan, math.inf]}} for i in range(3)])
+    again = PairJournal(tmp_path / "pairs.jsonl", resume=True)
+    assert len(again.rows) == 3 and math.isnan(again.rows[0]["values"]["x"][0])
+    assert again.rows[0]["values"]["x"][1] == math.inf
+    # an engine must have something to do
+    assert [item["pair_index"] for item in again.remaining(Dataset(indexed()))] == [2]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    evaluate_until(tmp_path, 1, settings=["weights 1", 50])
+    with pytest.raises(ValueError, match=r"pairs\.jsonl' was written with other settings, \['weights 1', 50\] instead"):
+        PairJournal(tmp_path / "pairs.jsonl", ["weights 2", 50], resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "moving,fixed\n", "{}\n", '{"settings": 0}\n{"pair": "x"}\n', "[1]\n"])
+def test_no_journal(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl' is not the journal of an evaluation"):
+        PairJournal(tmp_path / "pairs.jsonl", 0, resume=True)

@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
-from monai.losses import BendingEnergyLoss, DiceCELoss
+from monai.losses import BendingEnergyLoss, DiceCELoss, DiceLoss, DiffusionLoss, GlobalMutualInformationLoss
 
-from monai_sacb.losses import GradientPenaltyLoss, LNCCLoss, RegistrationLoss
+from monai_sacb.losses import (
+    BendingPenaltyLoss,
+    GradientPenaltyLoss,
+    LandmarkLoss,
+    LNCCLoss,
+    MINDSSCLoss,
+    RegistrationLoss,
+)
 
 ILL_CASES = [
     ({"regularization_weight": -1.0}, r"of regularization must be a finite number of at least 0, got -1\.0"),
@@ -30,6 +37,7 @@ ILL_CASES = [
         r"the weight of regularization must be a finite number of at least 0, got 'abc'",
     ),
     ({"label_weight": float("inf")}, r"the weight of label must be a finite number of at least 0, got inf"),
+    ({"landmark_weight": -2}, r"the weight of landmarks must be a finite number of at least 0, got -2"),
     ({"label_weight": 1.0}, r"num_labels of at least 1, got None"),
     ({"label_weight": 1.0, "num_labels": 0}, r"num_labels of at least 1, got 0"),
 ]
@@ -235,13 +243,96 @@ def test_ill_arguments(arguments: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [["moving_label"], ["fixed_label"], ["moving_label", "fixed_label"]])
-def test_missing_labels(missing: list[str]) -> None:
-    data = {key: value for key, value in batch_of(1, (8, 8)).items() if key not in missing}
-    ddf = field(1, (8, 8))
-    with pytest.raises(ValueError, match=r"needs labels, but the batch has no \['" + "', '".join(missing)):
-        RegistrationLoss(label_weight=1.0, num_labels=2)(ddf, data)
-    # without the term nobody asks for them
-    assert RegistrationLoss()(ddf, data).item() != 0
+@pytest.mark.parametrize("label", [None, DiceLoss(include_background=False)], ids=["default", "one-hot"])
+def test_pairs_without_labels_skip_the_term(missing: list[str], label: nn.Module | None) -> None:
+    data, ddf = batch_of(1, (8, 8)), field(1, (8, 8))
+    loss = RegistrationLoss(label=label, label_weight=1.0, num_labels=2)
+    whole = loss(ddf, data).item()
+    assert loss.last_terms.keys() == {"similarity", "regularization", "label"}
+    plain = RegistrationLoss()(ddf, data).item()
+    assert whole > plain + 0.1
+    value = loss(ddf, {key: entry for key, entry in data.items() if key not in missing})
+    assert value.item() == plain
+    assert loss.last_terms.keys() == {"similarity", "regularization"}
+
+
+@pytest.mark.parametrize("label", [None, DiceLoss(include_background=False)], ids=["default", "one-hot"])
+@pytest.mark.parametrize("role", ["moving", "fixed"])
+def test_batch_of_which_some_have_labels(label: nn.Module | None, role: str) -> None:
+    """A map of -1 stands for a subject without labels, whose pairs do not count."""
+    data, ddf = batch_of(3, (8, 9)), field(3, (8, 9)).requires_grad_()
+    data[f"{role}_label"][1] = -1
+    terms = {"similarity": Count(), "regularization_weight": 0.0, "label": label, "label_weight": 1.0, "num_labels": 2}
+    loss = RegistrationLoss(**terms)
+    value = loss(ddf, data)
+    value.backward()
+    alone = []
+    for i in (0, 2):
+        loss(ddf[i : i + 1], {key: entry[i : i + 1] for key, entry in data.items()})
+        alone.append(loss.last_terms["label"].item())
+    assert value.item() - 1 == pytest.approx(np.mean(alone), rel=1e-5) and alone[0] != alone[1]
+    assert (ddf.grad[1] == 0).all() and (ddf.grad[[0, 2]].flatten(1).abs().amax(1) > 0).all()
+    data[f"{role}_label"][:] = -1
+    assert loss(ddf, data).item() == 1.0
+
+
+def test_landmarks() -> None:
+    data, ddf = batch_of(2, (10, 11, 12)), field(2, (10, 11, 12))
+    plain = RegistrationLoss()(ddf, data).item()
+    loss = RegistrationLoss(landmark_weight=0.5)
+    # a batch has none
+    assert loss(ddf, data).item() == plain and "landmarks" not in loss.last_terms
+    fixed = torch.randint(0, 10, (2, 6, 3), generator=torch.Generator().manual_seed(3))
+    carried = torch.stack([fixed[b] + ddf[b][(slice(None), *fixed[b].T)].T for b in range(2)])
+    data["fixed_landmarks"] = fixed.float()
+    data["moving_landmarks"] = carried + torch.tensor([2.0, 3.0, 6.0])
+    assert loss(ddf, data).item() == pytest.approx(plain + 0.5 * 7.0, rel=1e-5)
+    assert loss.last_terms["landmarks"].item() == pytest.approx(7.0, rel=1e-5)
+    # nobody asks for them without a weight
+    assert RegistrationLoss()(ddf, data).item() == plain
+    in_mm = RegistrationLoss(landmarks=LandmarkLoss(2.0), landmark_weight=0.5)
+    assert in_mm(ddf, data).item() == pytest.approx(plain + 7.0, rel=1e-5)
+
+
+def test_last_terms_are_without_weight_and_gradient() -> None:
+    data, ddf = batch_of(1, (10, 11)), field(1, (10, 11)).requires_grad_()
+    regularization = {"gradient": GradientPenaltyLoss(), "size": Size()}
+    weights = {"gradient": 0.2, "size": 3.0}
+    loss = RegistrationLoss(Difference(), regularization, weights, label_weight=0.7, num_labels=2)
+    assert loss.last_terms == {}
+    value = loss(ddf, data)
+    terms = loss.last_terms
+    assert list(terms) == ["similarity", "gradient", "size", "label"]
+    assert not any(term.requires_grad for term in terms.values())
+    assert terms["size"].item() == pytest.approx(ddf.abs().mean().item())
+    assert sum(loss.weights[name] * term for name, term in terms.items()).item() == pytest.approx(value.item())
+    loss.weights["size"] = 0.0
+    loss(ddf, data)
+    assert "size" not in loss.last_terms
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize("spatial", [(16, 17), (10, 12, 11)])
+@pytest.mark.parametrize("use_masks", [False, True])
+@pytest.mark.parametrize("regularization", [BendingEnergyLoss, DiffusionLoss, BendingPenaltyLoss])
+@pytest.mark.parametrize("similarity", [nn.MSELoss, GlobalMutualInformationLoss, MINDSSCLoss])
+def test_losses_of_others(similarity: type, regularization: type, use_masks: bool, spatial: tuple[int, ...]) -> None:
+    data, ddf = batch_of(2, spatial), field(2, spatial)
+    warped, fixed = displaced(data["moving_image"], ddf), data["fixed_image"]
+    if use_masks:
+        for name in ("moving", "fixed"):
+            data[f"{name}_field_of_view"] = torch.ones_like(fixed)
+        data["fixed_field_of_view"][..., 7:] = 0
+        ddf = 0.0 * ddf
+        warped, inside = data["moving_image"], data["fixed_field_of_view"]
+        warped, fixed = warped * inside, fixed * inside
+    leaf = ddf.clone().requires_grad_()
+    loss = RegistrationLoss(similarity(), regularization(), 0.3, use_masks=use_masks)
+    value = loss(leaf, data)
+    expected = similarity()(warped, fixed) + 0.3 * regularization()(ddf)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
+    value.backward()
+    assert torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() > 0
 
 
 def test_field_of_another_shape() -> None:

@@ -133,6 +133,13 @@ def test_good_pairs_pass_unchanged(data: dict[str, Any]) -> None:
     assert all(checked[key] is data[key] for key in data)
 
 
+@pytest.mark.parametrize("points", [torch.rand(7, 3), "points.csv"], ids=["as many", "not loaded"])
+def test_points_that_may_be_paired(points: Any) -> None:
+    data = pair(moving_image=(1, 4, 5, 6), fixed_image=(1, 4, 5, 6))
+    for entries in ({"moving_points": points, "fixed_points": torch.rand(7, 3)}, {"fixed_points": points}):
+        assert CheckPaird()({**data, **entries}).keys() == {*data, *entries}
+
+
 ILL_PAIRS = {
     "channels": (
         pair(moving_image=(1, 4, 5, 6), fixed_image=(3, 4, 5, 6)),
@@ -149,6 +156,14 @@ ILL_PAIRS = {
     "label of other dimensions": (
         pair(moving_image=(1, 4, 5, 6), fixed_image=(1, 4, 5, 6), fixed_label=(1, 4, 5)),
         r"fixed_label .* has size \(4, 5\), but fixed_image .* has \(4, 5, 6\)",
+    ),
+    "points": (
+        {
+            **pair(moving_image=(1, 4, 5, 6), fixed_image=(1, 4, 5, 6)),
+            "moving_points": torch.rand(7, 3),
+            "fixed_points": torch.rand(8, 3),
+        },
+        r"moving_image .* has 7 points, but fixed_image .* has 8; they are paired by their order",
     ),
     "without files": (
         {"moving_image": torch.rand(2, 3, 3), "fixed_image": torch.rand(1, 3, 3)},
