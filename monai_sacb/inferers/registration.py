@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class RegistrationInferer(Inferer):
         Returns:
             DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back.
         """
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+        # without amp, whatever precision the caller has set
+        with torch.autocast(inputs.device.type, torch.bfloat16) if self.amp else nullcontext():
             ddf = network(inputs, *args, **kwargs)
         if self.iterations == 0:
             return ddf

@@ -223,6 +223,19 @@ def test_inferer_in_half_precision(iterations: int) -> None:
     assert (ddf - expected).abs().median() < 0.1 * expected.abs().median()
 
 
+def test_inferer_leaves_the_callers_precision() -> None:
+    seen = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x[:, :2].float()
+
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            RegistrationInferer()(torch.rand(1, 2, 8, 9), network)
+    assert seen == [False, True]
+
+
 def test_training_in_half_precision() -> None:
     torch.manual_seed(0)
     net = SACBNet(spatial_dims=2, base_channels=2, num_clusters=3)

@@ -120,8 +120,29 @@ def test_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(
         cluster_adaptive_conv(x, weight, gates, bias, labels).square().sum(), x, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused() -> None:
+    """Rather than answered with a tangent of zero."""
+    x, weight, gates, bias, labels = arguments(1, 2, 2, (4, 5), 3, 3, torch.float64)
+    with pytest.raises(Exception, match=r"jvp|forward mode"):
+        torch.func.jvp(lambda t: cluster_adaptive_conv(t, weight, gates, bias, labels), (x,), (torch.ones_like(x),))
+
+
+def test_functional_gradient() -> None:
+    x, weight, gates, bias, labels = arguments(1, 2, 2, (4, 5), 3, 3, torch.float64)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(cluster_adaptive_conv(x, weight, gates, bias, labels).square().sum(), x)
+    gradient = torch.func.grad(lambda t: cluster_adaptive_conv(t, weight, gates, bias, labels).square().sum())
+    torch.testing.assert_close(gradient(x.detach()), expected)
+
+
+def test_no_voxels() -> None:
+    x, weight, gates, bias, labels = arguments(1, 2, 2, (4, 5), 3, 3, torch.float32)
+    y = cluster_adaptive_conv(x[:0], weight, gates[:0], bias[:0], labels[:0])
+    assert y.shape == (0, 2, 4, 5)
 
 
 def test_cluster_without_voxels() -> None:

@@ -32,7 +32,7 @@ def maps(shape: tuple[int, ...], seed: int, dense: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_operators(shape: tuple[int, ...], dense: bool) -> None:
+def test_custom_operators(shape: tuple[int, ...], dense: bool) -> None:
     """PyTorch's own check: schema, shapes, types and layout that the compiler is told, gradients."""
     batch, channels, clusters, num_taps = shape[0], shape[1], 3, 3 ** (len(shape) - 2)
     x, other = maps(shape, 0, dense), maps(shape, 1, dense)
@@ -42,6 +42,12 @@ def test_operators(shape: tuple[int, ...], dense: bool) -> None:
     leaves = [t.requires_grad_() for t in (x, weight, gates, bias)]
     ops = torch.ops.monai_sacb
     torch.library.opcheck(ops.cluster_adaptive_conv.default, (*leaves, labels, 3))
+    # a result of the layout of its own, whatever that of the operands
+    turned = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in (weight, gates)]
+    torch.library.opcheck(
+        ops.cluster_adaptive_conv_backward.default,
+        (maps((batch, 6, *shape[2:]), 2, dense), x.detach(), *turned, labels, 3),
+    )
     torch.library.opcheck(ops.expected_offset.default, (x, other.requires_grad_(), 3))
     points = x.detach().flatten(2).transpose(1, 2)
     torch.library.opcheck(ops.kmeans.default, (points, clusters, 4, 16, 3, 1, 1e-4))

@@ -25,6 +25,8 @@ TEST_CASES = [
 ILL_CASES = [
     ({"num_clusters": 0}, ValueError, r"num_clusters must be at least 1, got 0"),
     ({"num_clusters": -3}, ValueError, r"num_clusters must be at least 1, got -3"),
+    ({"num_clusters": 3.0}, ValueError, r"num_clusters must be a whole number, got 3\.0"),
+    ({"num_clusters": 2, "subsample_size": 1e3}, ValueError, r"subsample_size must be a whole number, got 1000\.0"),
     ({"num_clusters": 2, "num_starts": 0}, ValueError, r"num_starts must be at least 1, got 0"),
     ({"num_clusters": 2, "subsample_size": 0}, ValueError, r"subsample_size must be at least 1, got 0"),
     ({"num_clusters": 2, "subsample_passes": -1}, ValueError, r"subsample_passes must be at least 0, got -1"),
@@ -177,6 +179,19 @@ def test_scale_of_points(scale: float, dtype: torch.dtype) -> None:
     scaled_labels, scaled_centroids = kmeans(points * scale, 6)
     assert torch.equal(scaled_labels, labels)
     torch.testing.assert_close(scaled_centroids.double() / scale, centroids.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_scale_of_points_without_denormal_numbers() -> None:
+    """Some processors, and some options, take the smallest numbers for zero."""
+    points = random_points(1, 400, 5).clamp(-3, 3)
+    labels, _ = kmeans(points, 6)
+    try:
+        torch.set_flush_denormal(True)
+        for scale in (1e38, 1e-36):
+            scaled_labels, centroids = kmeans(points * scale, 6)
+            assert torch.isfinite(centroids).all() and (scaled_labels == labels).float().mean() > 0.99
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("offset", [1e2, -1e3, 1e4, 1e5])

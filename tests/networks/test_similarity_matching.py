@@ -182,3 +182,19 @@ def test_ill_window(window: int) -> None:
 def test_ill_shapes(moving: tuple[int, ...], fixed: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=rf"must have one shape .*, got {message}"):
         SimilarityMatching()(torch.zeros(moving), torch.zeros(fixed))
+
+
+def test_forward_mode_is_refused() -> None:
+    """Rather than answered with a tangent of zero."""
+    x = torch.randn(1, 3, 4, 5)
+    with pytest.raises(Exception, match=r"jvp|forward mode|setup_context"):
+        torch.func.jvp(lambda t: SimilarityMatching()(t, t.flip(2)), (x,), (torch.ones_like(x),))
+
+
+def test_backward_within_autocast(relative_error) -> None:
+    x = torch.randn(1, 8, 6, 7, 5, requires_grad=True)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients += torch.autograd.grad(SimilarityMatching()(x, x.flip(2)).square().sum(), x)
+    assert relative_error(gradients[1], gradients[0]) < 1e-5

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
 from monai_sacb.utils import is_exported
@@ -42,12 +43,11 @@ def _match(
     return taps, torch.bmm(fixed.unsqueeze(1), taps.transpose(1, 2)).squeeze(1).softmax(1)
 
 
-# An operator of its own, which torch.compile takes as it is: a few thousand voxels at a time, whose windows stay in
-# a CPU's cache, and nothing kept for the backward pass but the two maps.
+# A few thousand voxels at a time, whose windows stay in a CPU's cache, and nothing kept for the backward pass but the
+# two maps.
 
 
-@torch.library.custom_op("monai_sacb::expected_offset", mutates_args=())
-def _windowed_offset(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+def _windowed(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
     spatial = list(fixed.shape[2:])
     windows = Windows(spatial, window, fixed.device)
     size = windows.chunk_size(fixed.shape[1])
@@ -60,18 +60,12 @@ def _windowed_offset(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> 
     return ddf.transpose(1, 2).unflatten(2, spatial)
 
 
-@_windowed_offset.register_fake
-def _(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
-    return _maps_like(fixed, fixed.dim() - 2)
-
-
 def _maps_like(x: torch.Tensor, channels: int) -> torch.Tensor:
     """An empty result, in the layout in which the operators leave it."""
     return x.new_empty([x.shape[0], *x.shape[2:], channels]).movedim(-1, 1)
 
 
-@torch.library.custom_op("monai_sacb::expected_offset_backward", mutates_args=())
-def _windowed_offset_backward(
+def _windowed_backward(
     grad_ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spatial = list(fixed.shape[2:])
@@ -103,23 +97,55 @@ def _windowed_offset_backward(
     return grads[0], grads[1]
 
 
-@_windowed_offset_backward.register_fake
+class _ExpectedOffset(torch.autograd.Function):
+    forward = staticmethod(_windowed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        moving, fixed, ctx.window = inputs
+        ctx.save_for_backward(moving, fixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ddf: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # the backward pass may run within the caller's autocast
+        moving, fixed = ctx.saved_tensors
+        with torch.autocast(device_type=grad_ddf.device.type, enabled=False):
+            return (*_windowed_backward(grad_ddf, moving, fixed, ctx.window), None)
+
+
+# The same as operators, which torch.compile takes as they are; see cluster_adaptive_conv for why only there.
+
+
+@torch.library.custom_op("monai_sacb::expected_offset", mutates_args=())
+def _compiled_offset(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+    return _windowed(moving, fixed, window)
+
+
+@_compiled_offset.register_fake
+def _(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
+    return _maps_like(fixed, fixed.dim() - 2)
+
+
+@torch.library.custom_op("monai_sacb::expected_offset_backward", mutates_args=())
+def _compiled_offset_backward(
+    grad_ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _windowed_backward(grad_ddf, moving, fixed, window)
+
+
+@_compiled_offset_backward.register_fake
 def _(
     grad_ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _maps_like(moving, moving.shape[1]), _maps_like(fixed, fixed.shape[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    moving, fixed, ctx.window = inputs
-    ctx.save_for_backward(moving, fixed)
-
-
 def _backward(ctx: Any, grad_ddf: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (*_windowed_offset_backward(grad_ddf, *ctx.saved_tensors, ctx.window), None)
+    return (*_compiled_offset_backward(grad_ddf, *ctx.saved_tensors, ctx.window), None)
 
 
-_windowed_offset.register_autograd(_backward, setup_context=_setup_context)
+_compiled_offset.register_autograd(_backward, setup_context=_ExpectedOffset.setup_context)
 
 
 class SimilarityMatching(nn.Module):
@@ -180,4 +206,6 @@ class SimilarityMatching(nn.Module):
             return _expected_offset(moving, fixed, self.window)
         dtype = torch.float64 if fixed.dtype == torch.float64 else torch.float32
         with torch.autocast("cpu", enabled=False):
-            return _windowed_offset(moving.to(dtype), fixed.to(dtype), self.window)
+            if torch.compiler.is_compiling():
+                return _compiled_offset(moving.to(dtype), fixed.to(dtype), self.window)
+            return _ExpectedOffset.apply(moving.to(dtype), fixed.to(dtype), self.window)

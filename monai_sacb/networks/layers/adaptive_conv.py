@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
 from monai_sacb.utils import is_exported
@@ -39,8 +40,8 @@ def _tapwise_backward(
     batch, channels, spatial = x.shape[0], x.shape[1], list(x.shape[2:])
     padded = pad_spatial(x, kernel // 2)
     grad_padded = torch.zeros_like(padded)
-    grad_weight = torch.empty_like(weight)
-    grad_gates = torch.empty_like(gates)
+    grad_weight = weight.new_empty(weight.shape)
+    grad_gates = gates.new_empty(gates.shape)
     grad_y = grad_y.reshape(batch, weight.shape[0], -1)
     clusters = torch.arange(gates.shape[1], device=x.device).view(1, -1, 1)
     member = (labels.unsqueeze(1) == clusters).to(grad_y.dtype)
@@ -77,7 +78,7 @@ def _grouped(
     x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, kernel: int
 ) -> torch.Tensor:
     num_clusters = gates.shape[1]
-    lowest, highest = (int(value) for value in labels.aminmax())
+    lowest, highest = (int(value) for value in labels.aminmax()) if labels.numel() > 0 else (0, 0)
     if lowest < 0 or highest >= num_clusters:
         raise ValueError(f"labels must lie in [0, {num_clusters}), got {lowest if lowest < 0 else highest}.")
     (batch, channels), spatial, out_channels = x.shape[:2], list(x.shape[2:]), weight.shape[0]
@@ -105,7 +106,7 @@ def _grouped_backward(
     mirrored = weight.flip(2).permute(2, 0, 1).reshape(num_taps * out_channels, channels)
     mirrored_gates = gates.flip(2)
     grad_taps = torch.zeros_like(taps)
-    grad_gates = torch.empty_like(gates)
+    grad_gates = gates.new_empty(gates.shape)
     grad_bias = gates.new_zeros([batch, gates.shape[1], out_channels])
     grad_x = x.new_empty([batch, labels.shape[1], channels])
     for i in range(batch):
@@ -131,8 +132,7 @@ def _grouped_backward(
     return grad_x.unflatten(1, spatial).movedim(-1, 1), grad_taps.permute(2, 1, 0).contiguous(), grad_gates, grad_bias
 
 
-# Operators of their own, which torch.compile takes as they are; the backward pass needs the input, labels and small
-# weights, and none of the gated copies.
+# The backward pass needs the input, labels and small weights, and none of the gated copies.
 
 
 def _maps_like(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -143,26 +143,59 @@ def _maps_like(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.new_empty([batch, channels, *spatial])
 
 
-@torch.library.custom_op("monai_sacb::cluster_adaptive_conv", mutates_args=())
-def _adaptive_conv(
+def _convolve(
     x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, kernel: int
 ) -> torch.Tensor:
     return (_grouped if x.is_cpu else _tapwise)(x, weight, gates, bias, labels, kernel)
 
 
-@_adaptive_conv.register_fake
+def _convolve_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor, kernel: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    # the backward pass may run within the caller's autocast
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return (_grouped_backward if x.is_cpu else _tapwise_backward)(grad_y, x, weight, gates, labels, kernel)
+
+
+class _AdaptiveConv(torch.autograd.Function):
+    forward = staticmethod(_convolve)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, gates, _, labels, ctx.kernel = inputs
+        ctx.save_for_backward(x, weight, gates, labels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, gates, labels = ctx.saved_tensors
+        return (*_convolve_backward(grad_y, x, weight, gates, labels, ctx.kernel), None, None)
+
+
+# The same as operators, which torch.compile takes as they are. Only there: outside, an operator lets the tangents of
+# forward-mode differentiation pass for zero, where a Function refuses them.
+
+
+@torch.library.custom_op("monai_sacb::cluster_adaptive_conv", mutates_args=())
+def _compiled_conv(
+    x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, kernel: int
+) -> torch.Tensor:
+    return _convolve(x, weight, gates, bias, labels, kernel)
+
+
+@_compiled_conv.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return _maps_like(x, weight.shape[0])
 
 
 @torch.library.custom_op("monai_sacb::cluster_adaptive_conv_backward", mutates_args=())
-def _adaptive_conv_backward(
+def _compiled_conv_backward(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor, kernel: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (_grouped_backward if x.is_cpu else _tapwise_backward)(grad_y, x, weight, gates, labels, kernel)
+    return _convolve_backward(grad_y, x, weight, gates, labels, kernel)
 
 
-@_adaptive_conv_backward.register_fake
+@_compiled_conv_backward.register_fake
 def _(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,16 +203,11 @@ def _(
     return _maps_like(x, x.shape[1]), weight.new_empty(weight.shape), gates.new_empty(gates.shape), grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, gates, _, labels, ctx.kernel = inputs
-    ctx.save_for_backward(x, weight, gates, labels)
-
-
 def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (*_adaptive_conv_backward(grad_y, *ctx.saved_tensors, ctx.kernel), None, None)
+    return (*_compiled_conv_backward(grad_y, *ctx.saved_tensors, ctx.kernel), None, None)
 
 
-_adaptive_conv.register_autograd(_backward, setup_context=_setup_context)
+_compiled_conv.register_autograd(_backward, setup_context=_AdaptiveConv.setup_context)
 
 
 def cluster_adaptive_conv(
@@ -238,4 +266,6 @@ def cluster_adaptive_conv(
     with torch.autocast(device_type=x.device.type, enabled=False):
         if is_exported():
             return _tapwise(x, weight, gates, bias, labels, kernel_size)
-        return _adaptive_conv(x, weight, gates, bias, labels, kernel_size)
+        if torch.compiler.is_compiling():
+            return _compiled_conv(x, weight, gates, bias, labels, kernel_size)
+        return _AdaptiveConv.apply(x, weight, gates, bias, labels, kernel_size)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -167,7 +168,8 @@ def _lloyd_from_best_start(points: torch.Tensor, settings: _Settings) -> tuple[t
         points = points.float()
     # scaled and centred, the expanded distance loses no digits and neither large nor tiny values leave the range
     largest = torch.maximum(points.amax([1, 2], keepdim=True), -points.amin([1, 2], keepdim=True))
-    factor = largest.clamp(min=2e-38).reciprocal()
+    # to 16 rather than 1: the factor of the largest numbers is a normal one as well
+    factor = (largest.clamp(min=1e-305 if points.dtype == torch.float64 else 4e-37) / 16.0).reciprocal()
     sample = _every(points, settings.subsample_size)
     offset = (sample * factor).mean(1, keepdim=True)
     sample = _normalized(sample, offset, factor).contiguous()
@@ -222,6 +224,8 @@ def _kmeans(points: torch.Tensor, settings: _Settings) -> tuple[torch.Tensor, to
 
 def _check_settings(settings: _Settings) -> None:
     for name, value in settings._asdict().items():
+        if name != "tol" and not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
         lowest = 0 if name in ("subsample_passes", "full_passes", "tol") else 1
         if not value >= lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {value}.")

@@ -1,0 +1,218 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The overlays for public data sets, on small folders in exactly their layout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from tests.bundle.conftest import CONFIGS
+
+Make = Callable[..., ConfigWorkflow]
+
+SHAPE = (32, 36, 40)
+# overlay, numbers of its protocol: structures, smallest and largest label, weight of the smoothness
+PROTOCOLS = [
+    ("data_ixi", 30, 2, 63, 3.0),
+    ("data_lpba", 54, 21, 166, 1.0),
+    ("data_abdomen_ct", 13, 1, 13, 0.5),
+    ("data_oasis", 83, 1, 104, 1.0),
+    ("data_hippocampus", 2, 1, 2, 0.1),
+]
+
+
+def labels_of(overlay: str) -> dict[str, int]:
+    labels: dict[str, int] = json.loads((CONFIGS / f"{overlay}.json").read_text())["labels"]
+    return labels
+
+
+def volume(ids: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its label map: one arrangement of regions, differently deformed for every seed."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(float)
+    for axis in range(3):
+        noise = ndimage.gaussian_filter(rng.standard_normal(SHAPE), 5)
+        grid[axis] += 1.5 * noise / noise.std()
+    places = np.random.default_rng(0).uniform(3, np.array(SHAPE) - 3, (len(ids), 3))
+    distance = ((grid[None] - places[:, :, None, None, None]) ** 2).sum(1)
+    nearest = distance.argmin(0)
+    label = np.where(distance.min(0) < 60, np.array(ids)[nearest], 0)
+    brightness = np.random.default_rng(1).uniform(0.3, 1.0, len(ids))
+    image = np.where(label > 0, brightness[nearest], 0.0) + 0.02 * rng.random(SHAPE)
+    return (image / image.max()).astype(np.float32), label.astype(np.int16)
+
+
+def pickled(path: Path, ids: Sequence[int], seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(volume(ids, seed)))
+
+
+@pytest.fixture
+def ixi(tmp_path: Path) -> Path:
+    """As the release: Train, Val, Test and the atlas, FreeSurfer labels, also such as are not scored."""
+    folder, ids = tmp_path / "IXI_data", [*labels_of("data_ixi").values(), 5, 251]
+    for i, section in enumerate(["Train"] * 3 + ["Val"] * 2 + ["Test"]):
+        pickled(folder / section / f"subject_{i}.pkl", ids, i)
+    pickled(folder / "atlas.pkl", ids, 99)
+    return folder
+
+
+@pytest.fixture
+def lpba(tmp_path: Path) -> Path:
+    folder, ids = tmp_path / "LPBA_data", [*labels_of("data_lpba").values(), 181, 182]
+    for i, section in enumerate(["Train"] * 3 + ["Val"] * 2):
+        pickled(folder / section / f"subject_{i}.pkl", ids, i)
+    return folder
+
+
+@pytest.mark.parametrize(("overlay", "number", "lowest", "highest", "weight"), PROTOCOLS)
+def test_protocols(overlay: str, number: int, lowest: int, highest: int, weight: float) -> None:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / f"{overlay}.json")])
+    labels = parser.get_parsed_content("labels")
+    assert len(labels) == len(set(labels.values())) == number
+    assert min(labels.values()) == lowest and max(labels.values()) == highest
+    assert parser.get_parsed_content("loss").weights.get("regularization", weight) == weight
+    groups = parser.get_parsed_content("label_groups")
+    if overlay == "data_oasis":
+        assert {name: len(members) for name, members in groups.items()} == {"cortical": 62, "subcortical": 21}
+        assert all(name in labels for members in groups.values() for name in members)
+    else:
+        assert groups == {}
+
+
+def test_intensities_of_ct() -> None:
+    """Hounsfield units between -500 and 800 become 0 to 1, whatever else the image holds."""
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / "data_abdomen_ct.json")])
+    units = torch.tensor([-1000.0, -500.0, 150.0, 800.0, 3000.0]).view(1, 5, 1, 1)
+    scaled = parser.get_parsed_content("scale_intensity")({"image": units})["image"]
+    torch.testing.assert_close(torch.as_tensor(scaled).flatten(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def short(overlay: str) -> dict[str, Any]:
+    return {"max_epochs": 1, "pairs_per_epoch": 2, "label_weight": 1.0 if overlay == "data_lpba" else 0.0}
+
+
+@pytest.mark.parametrize(("overlay", "pairs"), [("data_ixi", 2), ("data_lpba", 2)])
+def test_train_evaluate_and_register(
+    overlay: str, pairs: int, workflow: Make, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(overlay.removeprefix("data_"))
+    given = {"dataset_dir": str(folder), **short(overlay)}
+    workflow("train", overlay, **given).run()
+    output = tmp_path / "output"
+    flow = workflow(
+        "train", overlay, "evaluate", **given, output_dir=str(tmp_path / "eval"), ckpt_path=str(output / "model.pt")
+    )
+    flow.run_id = "evaluating"
+    flow.run()
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    labels = labels_of(overlay)
+    assert summary["pairs"] == pairs
+    for name in labels:
+        assert f"val_dice/{name}" in summary and f"val_hd95_mm/{name}" in summary
+    assert 0.1 < summary["val_dice_before/mean"] < 0.95 and 0 < summary["val_hd95_before_mm/mean"] < 10
+    with open(tmp_path / "eval" / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    moving = {row["moving"] for row in rows}
+    assert moving == ({"atlas"} if overlay == "data_ixi" else {"subject_3", "subject_4"})
+    flow = workflow(
+        "inference",
+        overlay,
+        workflow_type="infer",
+        dataset_dir=str(folder),
+        output_dir=str(tmp_path / "infer"),
+        ckpt_path=str(output / "model.pt"),
+    )
+    flow.run()
+    written = sorted((tmp_path / "infer" / "registered").iterdir())
+    assert len(written) == pairs
+    for path in written:
+        warped = np.asarray(nib.load(path / "warped_label.nii.gz").dataobj)
+        # the labels of the file, also those that are not scored
+        assert warped.shape == SHAPE and set(np.unique(warped)) - {0, *labels.values()}
+        assert nib.load(path / "displacement.nii.gz").shape == (*SHAPE, 1, 3)
+
+
+def test_test_list(workflow: Make, ixi: Path) -> None:
+    flow = workflow("train", "data_ixi", dataset_dir=str(ixi), val_section="test")
+    dataset = flow.parser.get_parsed_content("validate#dataset")
+    assert [Path(dataset.data[i]["image"]).name for pair in dataset.pairs for i in pair] == [
+        "atlas.pkl",
+        "subject_5.pkl",
+    ]
+
+
+def test_interrupted_evaluation_goes_on(workflow: Make, lpba: Path, tmp_path: Path) -> None:
+    flow = workflow("train", "data_lpba", dataset_dir=str(lpba))
+    weights = str(tmp_path / "weights.pt")
+    torch.save(flow.parser.get_parsed_content("network").state_dict(), weights)
+
+    def evaluate(name: str, stop: bool = False, **options: Any) -> dict[str, Any]:
+        flow = workflow(
+            "train",
+            "data_lpba",
+            "evaluate",
+            dataset_dir=str(lpba),
+            ckpt_path=weights,
+            output_dir=str(tmp_path / name),
+            **options,
+        )
+        evaluator = flow.parser.get_parsed_content("validate#evaluator")
+        if stop:
+
+            def killed(engine: Any) -> None:
+                raise RuntimeError("killed")
+
+            # after the first pair has been written down
+            evaluator.add_event_handler("ITERATION_COMPLETED", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                flow.parser.get_parsed_content("weights_loader")()
+                evaluator.run()
+            return {}
+        flow.run_id = "evaluating"
+        flow.run()
+        summary: dict[str, Any] = json.loads((tmp_path / name / "summary.json").read_text())
+        return {key: value for key, value in summary.items() if not key.startswith(("seconds", "peak"))}
+
+    whole = evaluate("whole")
+    evaluate("parts", stop=True)
+    assert len((tmp_path / "parts" / "pairs.jsonl").read_text().splitlines()) == 2
+    assert evaluate("parts", resume=True) == whole and whole["pairs"] == 2
+
+
+def test_fine_tuning_starts_from_the_given_weights(workflow: Make, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    flow = workflow("train")
+    start = {name: 0.5 * value for name, value in flow.parser.get_parsed_content("network").state_dict().items()}
+    for i in range(4):
+        start[f"estimators.{i}.matching.scale"] *= 2
+    torch.save(start, tmp_path / "start.pt")
+    options = {"init_path": str(tmp_path / "start.pt"), "max_epochs": 1, "pairs_per_epoch": 1}
+    flow = workflow("train", "finetune", **options)
+    assert flow.parser.get_parsed_content("optimizer").param_groups[0]["lr"] == 1e-4
+    flow.run()
+    tuned = torch.load(tmp_path / "output" / "model.pt", weights_only=True)
+    changes = [(tuned[name] - value).abs().max().item() for name, value in start.items()]
+    # one step of Adam moves a weight by its learning rate at most
+    assert 0 < max(changes) < 1.01e-4
+
+
+def test_fine_tuning_without_weights(workflow: Make, tmp_path: Path) -> None:
+    with pytest.raises(Exception) as caught:
+        workflow("train", "finetune", init_path=str(tmp_path / "missing.pt")).run()
+    assert "missing.pt" in str(caught.value) + str(caught.value.__cause__)
