@@ -56,6 +56,7 @@ class PairDataset(Dataset):
             :py:class:`DiskCacheDataset`. ``cache_rate`` is then of no effect.
         num_workers: threads that fill the cache.
         progress: whether to show a bar while the cache is filled.
+        required_keys: entries, such as ``label``, that two subjects at least must have: what a training is to use.
 
     Raises:
         ValueError: When there are no subjects, no pairs, or a pair or label id does not exist.
@@ -73,6 +74,7 @@ class PairDataset(Dataset):
         num_workers: int | None = 1,
         progress: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
+        required_keys: Sequence[str] = (),
     ) -> None:
         if isinstance(data, Dataset) and (transform is not None or cache_dir is not None):
             raise ValueError("transform and cache_dir belong to the dataset of subjects when data is a dataset.")
@@ -90,6 +92,10 @@ class PairDataset(Dataset):
             for pair in pairs:
                 if len(pair) != 2 or not all(0 <= index < num_subjects for index in pair):
                     raise ValueError(f"a pair must be two indices below {num_subjects}, got {tuple(pair)}.")
+        for key in required_keys:
+            # a dataset of subjects would have to be loaded
+            if not isinstance(data, Dataset) and sum(key in subject for subject in data) < 2:
+                raise ValueError(f"the training needs the entry '{key}', but less than two of its subjects have it.")
         self.pairs = pairs
         self.pair_transform = pair_transform
         if transform is not None and not isinstance(transform, Transform):

@@ -151,7 +151,7 @@ def test_supervision_without_labels(workflow: Make, sample: Path, tmp_path: Path
     flow = workflow("train", dataset_dir=dataset(tmp_path / "data", content), label_weight=1.0)
     with pytest.raises(Exception) as caught:
         flow.run()
-    assert "the label term of the loss needs labels" in message_of(caught.value)
+    assert "the training needs the entry 'label', but less than two of its subjects have it" in message_of(caught.value)
 
 
 def test_weights_of_another_network(workflow: Make, files: dict[str, str], tmp_path: Path) -> None:
