@@ -229,7 +229,9 @@ class RegistrationTable:
                 values = columns[f"{name}/{label}"]
                 values = values[~np.isnan(values)]
                 some = values.size > 0
-                row += [f(values) if some else math.nan for f in (np.mean, np.std, np.median)] + [values.size]
+                # a distance may be infinite: there is no spread of it
+                with np.errstate(invalid="ignore"):
+                    row += [f(values) if some else math.nan for f in (np.mean, np.std, np.median)] + [values.size]
             rows.append(row)
         self._write_csv("structures.csv", ["structure", *header], rows)
 
