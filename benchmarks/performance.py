@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--network_size", type=int, nargs=3, default=[160, 192, 160])
     parser.add_argument("--training_size", type=int, nargs=3, default=[96, 112, 96])
+    parser.add_argument("--largest", type=int, default=192, help="longest axis of what operators and growth measure")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -224,7 +225,7 @@ def main() -> None:
     if "operators" in options.sections:
         write("| operator | size | pass | ours | definition | speed-up | ours | definition |\n" + "|---" * 8 + "|")
         for operator in OPERATORS:
-            for size in OPERATOR_SIZES:
+            for size in (size for size in OPERATOR_SIZES if max(size) <= options.largest):
                 for backward in (False, True) if operator != "k-means" else (False,):
                     case = {"operator": operator, "backward": backward, "clusters": CLUSTERS}
                     own, other = compare(options.rounds, section="operators", size=size, **case, **common)
@@ -237,16 +238,17 @@ def main() -> None:
         write("")
     if "growth" in options.sections:
         write("| network | SACB-Net | per million voxels |\n|---|---|---|")
-        for edge in (32, 64, 96, 128, 160, 192):
+        for edge in (edge for edge in (32, 64, 96, 128, 160, 192) if edge <= options.largest):
             own, _ = compare(1, section="network", size=[edge] * 3, **common)
             write(
                 f"| {edge}^3 | {own['seconds']:.2f} s, {own['megabytes']:.0f} MB "
                 f"| {own['seconds'] / edge**3 * 1e6:.2f} s, {own['megabytes'] / edge**3 * 1e6:.0f} MB |"
             )
         write("\n| adaptive convolution, clusters | forward and backward |\n|---|---|")
+        clusters_size = OPERATOR_SIZES[1] if max(OPERATOR_SIZES[1]) <= options.largest else OPERATOR_SIZES[0]
         for clusters in (1, 2, 7, 14, 28):
             case = {"operator": OPERATORS[0], "backward": True, "clusters": clusters}
-            own, _ = compare(1, section="operators", size=OPERATOR_SIZES[1], **case, **common)
+            own, _ = compare(1, section="operators", size=clusters_size, **case, **common)
             write(f"| {clusters} | {1e3 * own['seconds']:.1f} ms |")
 
 
