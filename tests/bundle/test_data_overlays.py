@@ -19,10 +19,9 @@ from scipy import ndimage
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from tests.bundle.conftest import CONFIGS
-
 Make = Callable[..., ConfigWorkflow]
 
+CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 SHAPE = (32, 36, 40)
 # overlay, numbers of its protocol: structures, smallest and largest label, weight of the smoothness
 PROTOCOLS = [
