@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from monai_sacb.losses.spacing import check_spacing, voxel_sizes
+from monai_sacb.networks.layers import warp_points
 
 __all__ = ["LandmarkLoss"]
 
@@ -67,12 +67,8 @@ class LandmarkLoss(nn.Module):
         fixed_points, moving_points = (
             torch.where(counts.unsqueeze(2), points, 0.0) for points in (fixed_points, moving_points)
         )
-        # grid_sample wants coordinates in [-1, 1], last axis first
-        normalized = [2.0 * fixed_points[..., i] / max(ddf.shape[i + 2] - 1, 1) - 1.0 for i in reversed(range(dims))]
-        grid = torch.stack(normalized, -1).view(len(ddf), -1, *[1] * (dims - 1), dims)
         with torch.autocast(device_type=ddf.device.type, enabled=False):
-            displacement = F.grid_sample(ddf, grid, padding_mode="border", align_corners=True)
-        offset = fixed_points + displacement.flatten(2).transpose(1, 2) - moving_points
+            offset = warp_points(fixed_points, ddf) - moving_points
         if self.spacing is not None:
             offset = offset * offset.new_tensor(sizes)
         distance = torch.linalg.vector_norm(offset, dim=2) * counts

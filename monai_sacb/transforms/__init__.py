@@ -7,7 +7,7 @@ from .checks import CheckPaird, CheckVolumed
 from .io import LoadVolumed
 from .labels import SelectLabelsd, number_labels
 from .learn2reg import SaveLearn2Regd, displacement_to_ddf, load_learn2reg_field, save_learn2reg_field
-from .points import LoadPointsd, PointsToVoxelsd, WarpPointsd, read_points, transform_points, warp_points
+from .points import LoadPointsd, PointsToVoxelsd, WarpPointsd, read_points, transform_points
 from .save import SaveRegistrationd, save_displacement
 from .spatial import (
     ComposeDDFd,
@@ -46,5 +46,4 @@ __all__ = [
     "save_learn2reg_field",
     "transform_points",
     "warp_labels",
-    "warp_points",
 ]

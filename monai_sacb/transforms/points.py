@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -20,9 +19,10 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 
+from monai_sacb.networks.layers import warp_points
 from monai_sacb.utils import plain_tensor
 
-__all__ = ["LoadPointsd", "PointsToVoxelsd", "WarpPointsd", "read_points", "transform_points", "warp_points"]
+__all__ = ["LoadPointsd", "PointsToVoxelsd", "WarpPointsd", "read_points", "transform_points"]
 
 
 def transform_points(points: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
@@ -49,40 +49,6 @@ def transform_points(points: torch.Tensor, affine: torch.Tensor) -> torch.Tensor
     matrix = torch.as_tensor(to_affine_nd(dims, plain_tensor(affine).cpu()), dtype=torch.float64, device=points.device)
     moved = points.double() @ matrix[:dims, :dims].T + matrix[:dims, dims]
     return moved.to(points.dtype if points.is_floating_point() else torch.float32)
-
-
-def warp_points(points: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-    """
-    Carry points of the fixed image to their places in the moving image, ``p -> p + ddf(p)``.
-
-    The field is interpolated linearly between voxels, whose centres are at whole numbers; outside the grid it is what
-    it is at the border. Differentiable in both arguments.
-
-    Args:
-        points: ``(B, N, d)``, voxels of the fixed grid.
-        ddf: ``(B, d, *spatial)`` in voxels of the fixed grid, pull-back, channel i along array axis i.
-
-    Returns:
-        ``(B, N, d)``, voxels of the moving grid, of the type of the points.
-
-    Raises:
-        ValueError: When the shapes do not belong together.
-    """
-    dims = ddf.dim() - 2
-    if dims not in (2, 3) or ddf.shape[1] != dims or points.dim() != 3 or points.shape[::2] != ddf.shape[:2]:
-        raise ValueError(
-            f"warp_points needs points (B, N, d) and a ddf (B, d, *spatial) of as many spatial dimensions d = 2 or 3, "
-            f"got {list(points.shape)} and {list(ddf.shape)}."
-        )
-    # half precision cannot tell neighbouring points apart
-    dtype = torch.float64 if torch.float64 in (points.dtype, ddf.dtype) else torch.float32
-    places = points.to(dtype)
-    # grid_sample wants coordinates in [-1, 1], last axis first
-    last = torch.tensor([max(size - 1, 1) for size in ddf.shape[2:]], dtype=dtype, device=points.device)
-    grid = (2.0 * places / last - 1.0).flip(-1)
-    grid = grid.view(*grid.shape[:2], *[1] * (dims - 1), dims)
-    moved = F.grid_sample(ddf.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return (places + moved.flatten(2).transpose(1, 2)).to(points.dtype)
 
 
 def _fields(line: str) -> list[str]:

@@ -12,6 +12,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
+from monai_sacb.networks.nets import SACBNet
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "bundle" / "configs"
 # what makes a training last seconds
@@ -60,3 +62,12 @@ def workflow(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         return result
 
     return make
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    """File with the untrained weights of a small network."""
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pt"
+    torch.save(SACBNet(base_channels=2, num_clusters=3).state_dict(), path)
+    return str(path)

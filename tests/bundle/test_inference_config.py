@@ -7,24 +7,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pytest
 import torch
 
 from monai.bundle import ConfigWorkflow
 
 from monai_sacb.losses import LNCCLoss
 from monai_sacb.networks.layers import warp
-from monai_sacb.networks.nets import SACBNet
 
 Make = Callable[..., ConfigWorkflow]
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> str:
-    torch.manual_seed(0)
-    path = tmp_path / "weights.pt"
-    torch.save(SACBNet(base_channels=2, num_clusters=3).state_dict(), path)
-    return str(path)
 
 
 def test_properties(workflow: Make) -> None:

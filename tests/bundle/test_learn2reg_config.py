@@ -15,18 +15,9 @@ from scipy.ndimage import map_coordinates
 
 from monai.bundle import ConfigWorkflow
 
-from monai_sacb.networks.nets import SACBNet
 from monai_sacb.transforms import load_learn2reg_field
 
 Make = Callable[..., ConfigWorkflow]
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> str:
-    torch.manual_seed(0)
-    path = tmp_path / "weights.pt"
-    torch.save(SACBNet(base_channels=2, num_clusters=3).state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture

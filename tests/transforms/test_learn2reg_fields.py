@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from geometries import GEOMETRIES
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
@@ -30,26 +31,6 @@ from monai_sacb.transforms import (
     save_learn2reg_field,
 )
 
-
-def turned(matrix: Sequence[Sequence[float]], origin: Sequence[float], degrees: float = 0.0) -> np.ndarray:
-    """Voxels to RAS mm, turned about two axes."""
-    angle = np.deg2rad(degrees)
-    c, s = np.cos(angle), np.sin(angle)
-    affine = np.eye(4)
-    affine[:3, :3] = (
-        np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ np.array(matrix)
-    )
-    affine[:3, 3] = origin
-    return affine
-
-
-GEOMETRIES: dict[str, np.ndarray] = {
-    "RAS": np.eye(4),
-    "LIA": turned([[-1, 0, 0], [0, 0, 1.5], [0, -0.8, 0]], (90, -120, 60)),
-    "RPS": turned([[2, 0, 0], [0, -2, 0], [0, 0, 1]], (-40, 30, 1012)),
-    "oblique": turned([[1, 0, 0], [0, 1, 0], [0, 0, 1]], (5, 6, 7), 20),
-    "oblique ASL": turned([[0, 0, -2.5], [0.9, 0, 0], [0, 1.2, 0]], (-5, 60, 7), -25),
-}
 # geometries and sizes of the moving and the fixed file, size that the working grid is padded to
 PAIRS: dict[str, tuple[str, tuple[int, ...], str, tuple[int, ...], int]] = {
     "RAS": ("RAS", (18, 20, 16), "RAS", (18, 20, 16), -1),

@@ -10,13 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from geometries import GEOMETRIES, turned
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCropd, Compose, EnsureChannelFirstd, Orientationd, SpatialPadd
 
-from monai_sacb.networks.layers import warp
+from monai_sacb.networks.layers import warp, warp_points
 from monai_sacb.transforms import (
     LoadPointsd,
     LoadVolumed,
@@ -25,29 +26,8 @@ from monai_sacb.transforms import (
     WarpPointsd,
     read_points,
     transform_points,
-    warp_points,
 )
 
-
-def turned(matrix: Sequence[Sequence[float]], origin: Sequence[float], degrees: float = 0.0) -> np.ndarray:
-    """Voxels to RAS mm, turned about two axes."""
-    angle = np.deg2rad(degrees)
-    c, s = np.cos(angle), np.sin(angle)
-    affine = np.eye(4)
-    affine[:3, :3] = (
-        np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ np.array(matrix)
-    )
-    affine[:3, 3] = origin
-    return affine
-
-
-GEOMETRIES: dict[str, np.ndarray] = {
-    "RAS": np.eye(4),
-    "LIA": turned([[-1, 0, 0], [0, 0, 1.5], [0, -0.8, 0]], (90, -120, 60)),
-    "RPS": turned([[2, 0, 0], [0, -2, 0], [0, 0, 1]], (-40, 30, 1012)),
-    "oblique": turned([[1, 0, 0], [0, 1, 0], [0, 0, 1]], (5, 6, 7), 20),
-    "oblique ASL": turned([[0, 0, -2.5], [0.9, 0, 0], [0, 1.2, 0]], (-5, 60, 7), -25),
-}
 SHAPES: dict[str, tuple[int, ...]] = {
     "3-D": (7, 8, 9),
     "odd": (5, 11, 3),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
+from monai_sacb.networks.layers.neighborhood import Windows, empty_maps, pad_spatial, shifted, window_offsets
 from monai_sacb.utils import is_exported
 
 __all__ = ["SimilarityMatching"]
@@ -58,11 +58,6 @@ def _windowed(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.T
         for corner, part, out in zip(windows.corner.split(size), rows.split(size), ddf[i].split(size)):
             torch.mm(_match(windows, padded, corner, part)[1], steps, out=out)
     return ddf.transpose(1, 2).unflatten(2, spatial)
-
-
-def _maps_like(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """An empty result, in the layout in which the operators leave it."""
-    return x.new_empty([x.shape[0], *x.shape[2:], channels]).movedim(-1, 1)
 
 
 def _windowed_backward(
@@ -124,7 +119,7 @@ def _compiled_offset(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> 
 
 @_compiled_offset.register_fake
 def _(moving: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
-    return _maps_like(fixed, fixed.dim() - 2)
+    return empty_maps(fixed, fixed.dim() - 2)
 
 
 @torch.library.custom_op("monai_sacb::expected_offset_backward", mutates_args=())
@@ -138,7 +133,7 @@ def _compiled_offset_backward(
 def _(
     grad_ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _maps_like(moving, moving.shape[1]), _maps_like(fixed, fixed.shape[1])
+    return empty_maps(moving, moving.shape[1]), empty_maps(fixed, fixed.shape[1])
 
 
 def _backward(ctx: Any, grad_ddf: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adaptive_conv import cluster_adaptive_conv
 from .clustering import KMeans, kmeans
-from .fields import compose, exponential, invert, reference_grid, warp
+from .fields import compose, exponential, invert, reference_grid, warp, warp_points
 from .norm_act import instance_norm_leaky_relu
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "kmeans",
     "reference_grid",
     "warp",
+    "warp_points",
 ]

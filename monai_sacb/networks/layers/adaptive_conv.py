@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from monai_sacb.networks.layers.neighborhood import Windows, pad_spatial, shifted, window_offsets
+from monai_sacb.networks.layers.neighborhood import Windows, empty_maps, pad_spatial, shifted, window_offsets
 from monai_sacb.utils import is_exported
 
 __all__ = ["cluster_adaptive_conv"]
@@ -135,14 +135,6 @@ def _grouped_backward(
 # The backward pass needs the input, labels and small weights, and none of the gated copies.
 
 
-def _maps_like(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """An empty result in the layout in which either way of working leaves it."""
-    batch, spatial = x.shape[0], x.shape[2:]
-    if x.device.type == "cpu":
-        return x.new_empty([batch, *spatial, channels]).movedim(-1, 1)
-    return x.new_empty([batch, channels, *spatial])
-
-
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, kernel: int
 ) -> torch.Tensor:
@@ -185,7 +177,7 @@ def _compiled_conv(
 
 @_compiled_conv.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
-    return _maps_like(x, weight.shape[0])
+    return empty_maps(x, weight.shape[0])
 
 
 @torch.library.custom_op("monai_sacb::cluster_adaptive_conv_backward", mutates_args=())
@@ -200,7 +192,7 @@ def _(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_bias = gates.new_empty([x.shape[0], gates.shape[1], weight.shape[0]])
-    return _maps_like(x, x.shape[1]), weight.new_empty(weight.shape), gates.new_empty(gates.shape), grad_bias
+    return empty_maps(x, x.shape[1]), weight.new_empty(weight.shape), gates.new_empty(gates.shape), grad_bias
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

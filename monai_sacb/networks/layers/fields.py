@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["compose", "exponential", "invert", "reference_grid", "warp"]
+__all__ = ["compose", "exponential", "invert", "reference_grid", "warp", "warp_points"]
 
 
 def reference_grid(spatial_shape: list[int], device: torch.device) -> torch.Tensor:
@@ -63,6 +63,40 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear", padding
     if image.is_floating_point() or mode == "nearest":
         return warped.to(image.dtype)
     return warped
+
+
+def warp_points(points: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+    """
+    Carry points of the fixed image to their places in the moving image, ``p -> p + ddf(p)``.
+
+    The field is interpolated linearly between voxels, whose centres are at whole numbers; outside the grid it is what
+    it is at the border. Differentiable in both arguments.
+
+    Args:
+        points: ``(B, N, d)``, voxels of the fixed grid.
+        ddf: ``(B, d, *spatial)`` in voxels of the fixed grid, pull-back, channel i along array axis i.
+
+    Returns:
+        ``(B, N, d)``, voxels of the moving grid, of the type of the points.
+
+    Raises:
+        ValueError: When the shapes do not belong together.
+    """
+    dims = ddf.dim() - 2
+    if dims not in (2, 3) or ddf.shape[1] != dims or points.dim() != 3 or points.shape[::2] != ddf.shape[:2]:
+        raise ValueError(
+            f"warp_points needs points (B, N, d) and a ddf (B, d, *spatial) of as many spatial dimensions d = 2 or 3, "
+            f"got {list(points.shape)} and {list(ddf.shape)}."
+        )
+    # half precision cannot tell neighbouring points apart
+    dtype = torch.float64 if torch.float64 in (points.dtype, ddf.dtype) else torch.float32
+    places = points.to(dtype)
+    # grid_sample wants coordinates in [-1, 1], last axis first
+    last = torch.tensor([max(size - 1, 1) for size in ddf.shape[2:]], dtype=dtype, device=points.device)
+    grid = (2.0 * places / last - 1.0).flip(-1)
+    grid = grid.view(*grid.shape[:2], *[1] * (dims - 1), dims)
+    moved = F.grid_sample(ddf.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return (places + moved.flatten(2).transpose(1, 2)).to(points.dtype)
 
 
 def compose(first: torch.Tensor, second: torch.Tensor, padding_mode: str = "border") -> torch.Tensor:

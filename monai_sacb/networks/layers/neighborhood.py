@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Windows", "pad_spatial", "shifted", "window_mean", "window_offsets"]
+__all__ = ["Windows", "empty_maps", "pad_spatial", "shifted", "window_mean", "window_offsets"]
 
 # windows that are gathered at a time: a few megabytes, the second level of a CPU's cache
 CHUNK_ELEMENTS = 2**19
@@ -38,6 +38,14 @@ def shifted(padded: torch.Tensor, offset: list[int], spatial_shape: list[int]) -
     for axis, (start, size) in enumerate(zip(offset, spatial_shape)):
         padded = padded.narrow(axis + 2, start, size)
     return padded
+
+
+def empty_maps(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Empty maps of the size of others, in the layout in which the operators leave theirs."""
+    batch, spatial = x.shape[0], x.shape[2:]
+    if x.device.type == "cpu":
+        return x.new_empty([batch, *spatial, channels]).movedim(-1, 1)
+    return x.new_empty([batch, channels, *spatial])
 
 
 def _pooled_mean(x: torch.Tensor, kernel: int) -> torch.Tensor:
