@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,12 @@ def test_default_training_learns(
     assert summary["val_dice/mean"] > summary["val_dice_before/mean"] + 0.12
     assert summary["val_field_error_mm"] < 0.8 * summary["val_field_error_before_mm"]
     assert summary["val_folds_percent"] < 1.0
-    assert "Dice before" in caplog.text
+    # the table, for people to read: both Dice columns, the structures and the mean
+    table = caplog.text[caplog.text.index("12 pairs") :]
+    assert re.search(r"12 pairs +dice_before +dice\b", table)
+    before, after = (f"{summary[f'val_{name}/mean']:.4f}" for name in ("dice_before", "dice"))
+    assert re.search(rf"mean +{before} +{after}\b", table)
+    assert "grey_matter" in table
     assert (tmp_path / "output" / "registered" / "brain_12_to_brain_13" / "warped.nii.gz").is_file()
     assert np.std(imread(tmp_path / "output" / "registration.png")[..., :3]) > 0.05
     assert all(
