@@ -113,6 +113,8 @@ class DiskCacheDataset(PersistentDataset):
                 # not ours, or deleted in between: as if it were not there
                 pass
         item = self._pre_transform(deepcopy(item_transformed))
+        packed = {key: _packed(entry) for key, entry in item.items()}
         with replacing(path) as temporary:
-            torch.save({key: _packed(entry) for key, entry in item.items()}, temporary)
-        return item
+            torch.save(packed, temporary)
+        # in the types that will be read: a batch may hold both
+        return {key: _unpacked(entry) for key, entry in packed.items()}

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -46,8 +47,8 @@ class PairDataset(Dataset):
         pairs: (moving, fixed) index pairs. Defaults to all ordered pairs of two different subjects.
         pair_transform: transform of one pair.
         label_ids: label values that some subject must have in the file of its ``label``; needs a
-            :py:class:`monai_sacb.transforms.SelectLabelsd` in ``transform``. Checked at the start, with a full cache in
-            memory only: otherwise all subjects would have to be loaded for it.
+            :py:class:`monai_sacb.transforms.SelectLabelsd` in ``transform``. Checked at the start; without a full cache
+            in memory only whether the first labelled subject has any of them, since all would have to be loaded.
         all_labels: whether a label id that no subject has is an error; if not, it is logged, and only if none of the
             ids is there it is an error.
         cache_rate: fraction of the subjects that is loaded at the start and kept in memory; with 0, a subject is loaded
@@ -113,8 +114,12 @@ class PairDataset(Dataset):
         candidates = (getattr(self.subjects, "transform", None), pair_transform)
         self._random: list[Any] = [candidate for candidate in candidates if _is_random(candidate)]
         self._log_entries()
-        if label_ids is not None and cache_rate == 1.0 and cache_dir is None:
-            self._check_labels(label_ids, all_labels)
+        if label_ids is not None:
+            if cache_rate == 1.0 and cache_dir is None:
+                self._check_labels(label_ids, all_labels, range(num_subjects))
+            else:
+                labelled = (i for i in range(num_subjects) if "label" in data[i])
+                self._check_labels(label_ids, False, list(itertools.islice(labelled, 1)))
 
     @property
     def num_subjects(self) -> int:
@@ -122,7 +127,7 @@ class PairDataset(Dataset):
         return len(self.data)  # type: ignore[arg-type]
 
     def _log_entries(self) -> None:
-        """Say which entries some subjects have and others lack: batches of several pairs do without."""
+        """Say which entries some subjects have and others lack."""
         if isinstance(self.data, Dataset):
             return
         counts = Counter(key for subject in self.data if isinstance(subject, Mapping) for key in subject)
@@ -131,25 +136,27 @@ class PairDataset(Dataset):
             parts = ", ".join(f"{number} have '{key}'" for key, number in sorted(partial.items()))
             logger.info(f"Of {self.num_subjects} subjects {parts}; pairs differ in what they hold.")
 
-    def _check_labels(self, label_ids: Sequence[int], all_labels: bool) -> None:
+    def _check_labels(self, label_ids: Sequence[int], all_labels: bool, subjects: Sequence[int]) -> None:
         found: set[int] = set()
         labelled = 0
-        for index in range(self.num_subjects):
+        for index in subjects:
             label = self.subjects[index].get("label")
             if isinstance(label, MetaTensor) and "label_ids" in label.meta:
                 labelled += 1
                 found |= {int(label_id) for label_id in label.meta["label_ids"].split()}
-        if labelled == 0:
+        # one subject without any label may be a crop that lies beside them all
+        if labelled == 0 or (len(subjects) < self.num_subjects and not found - {0}):
             return
         missing = sorted(set(label_ids) - found)
         if missing:
             message = (
-                f"label ids {missing} are configured, but none of the {labelled} labelled subjects has them; found are "
-                f"{sorted(found)}."
+                f"label ids {missing} are configured, but none of the {labelled} labelled subjects that were looked at "
+                f"has them; found are {sorted(found)}."
             )
             if all_labels or len(missing) == len(set(label_ids)):
                 raise ValueError(message)
-            logger.warning(message)
+            if len(subjects) == self.num_subjects:
+                logger.warning(message)
         extra = sorted(found - set(label_ids) - {0})
         if extra:
             logger.info(f"Label ids {extra} are in the data but not configured; they count as background.")

@@ -253,6 +253,17 @@ def test_label_ids_that_nobody_has_are_refused(
         PairDataset(labelled(tmp_path, values), label_transform(label_ids), label_ids=label_ids, progress=False)
 
 
+@pytest.mark.parametrize("disk", [False, True])
+def test_wrong_label_ids_are_refused_without_a_full_cache(tmp_path: Path, disk: bool) -> None:
+    cache: dict[str, Any] = {"cache_dir": tmp_path / "cache"} if disk else {"cache_rate": 0.0}
+    data = labelled(tmp_path, [None, [1, 2], [3]])
+    with pytest.raises(ValueError, match=r"label ids \[3, 7\] .*; found are \[0, 1, 2\]"):
+        PairDataset(data, label_transform([7, 3]), label_ids=[7, 3], **cache)
+    # some of them, or an image beside all labels, prove nothing
+    PairDataset(data, label_transform([7, 2]), label_ids=[7, 2], **cache)
+    PairDataset(labelled(tmp_path, [[0], [1]]), label_transform([1]), label_ids=[1], **cache)
+
+
 @pytest.mark.parametrize(
     ("label_ids", "missing"), [([1, 2, 3], [3]), ([9, 1, 7], [7, 9]), ([2, 1], [])], ids=["one", "several", "none"]
 )
