@@ -41,7 +41,7 @@ from monai_sacb.data import PairDataset  # noqa: E402
 from monai_sacb.metrics import compute_folds, compute_label_hausdorff, compute_sdlogj, lowest_mean  # noqa: E402
 from monai_sacb.networks.layers import warp  # noqa: E402
 from monai_sacb.transforms import warp_labels  # noqa: E402
-from monai_sacb.utils import plain_tensor, subject_name  # noqa: E402
+from monai_sacb.utils import pair_names, plain_tensor  # noqa: E402
 
 # a tool's own warp and ours differ by rounding and by what they do at the image's edge; a wrong field by far more
 MAX_WARP_DIFFERENCE = 0.01
@@ -193,7 +193,7 @@ def main() -> None:
                 continue
             pair = pairs[index]
             moving, fixed = (plain_tensor(pair[f"{role}_image"])[0].numpy() for role in ("moving", "fixed"))
-            names = [subject_name(pair[f"{role}_image"]) for role in ("moving", "fixed")]
+            names = pair_names(pair)
             for name in missing:
                 row = {"pair": str(index), "moving": names[0], "fixed": names[1], "method": name, "status": "done"}
                 # one number is missing where a method has no warp of its own, all where it failed

@@ -12,15 +12,17 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from tqdm.auto import tqdm
 
 from monai_sacb.data.folders import describe_folder
 from monai_sacb.data.pickle_reader import read_pickled_arrays
-from monai_sacb.utils import replacing
+from monai_sacb.utils import file_digest, replacing
 
 __all__ = ["convert_pickled_folder"]
 
 # endings of the folders of images and labels; Decathlon's where it has them
+NAME = "converted from pickle files"
 FOLDER_ENDINGS = {"training": "Tr", "validation": "Val", "test": "Ts"}
 
 
@@ -42,13 +44,25 @@ def _label_array(array: np.ndarray) -> np.ndarray:
     raise ValueError(f"the label map has values from {low} to {high}")
 
 
+def _made_from(path: Path) -> str | None:
+    """The mark that tells which pickle file a NIfTI file was made from."""
+    try:
+        return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("ascii", "replace")
+    except (OSError, ImageFileError):
+        return None
+
+
 def _convert(source: Path, targets: Mapping[str, Path]) -> None:
     """Write those of the volumes of a pickle file that are not there yet."""
-    if all(path.is_file() for path in targets.values()):
+    mark = f"sha256 {file_digest(source)[:64]}"
+    missing = {key for key, path in targets.items() if _made_from(path) != mark}
+    if not missing:
         return
     arrays = read_pickled_arrays(source)
-    if len(arrays) < len(targets):
-        raise ValueError(f"'{source}' has no label map, which the first file of its folder has.")
+    if len(arrays) != len(targets):
+        raise ValueError(
+            f"'{source}' holds {len(arrays)} arrays instead of {len(targets)}, as the first file of its folder does."
+        )
     for (key, path), array, make in zip(targets.items(), arrays, (_image_array, _label_array)):
         if array.ndim not in (2, 3):
             raise ValueError(f"'{source}': the {key} has {array.ndim} dimensions.")
@@ -58,9 +72,11 @@ def _convert(source: Path, targets: Mapping[str, Path]) -> None:
             volume = make(array)
         except ValueError as error:
             raise ValueError(f"'{source}': {error}.") from error
-        if not path.is_file():
+        if key in missing:
+            image = nib.Nifti1Image(volume, np.eye(4))
+            image.header["descrip"] = mark.encode()
             with replacing(path) as temporary:
-                nib.save(nib.Nifti1Image(volume, np.eye(4)), temporary)
+                nib.save(image, temporary)
 
 
 def convert_pickled_folder(input_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> str:
@@ -70,7 +86,7 @@ def convert_pickled_folder(input_dir: str | os.PathLike[str], output_dir: str | 
     The folder has subfolders Train and Val, perhaps Test, of .pkl files of an image and its label map, and perhaps a
     file atlas.pkl. Nothing in such a file is run. Label values stay as they are; voxels are 1 mm along the axes R, A
     and S, since the files say nothing of their place in space. A conversion that was stopped goes on where it was:
-    files that exist are left alone.
+    files that were made from the same pickle files are left alone.
 
     Args:
         input_dir: the folder of pickled images.
@@ -81,7 +97,8 @@ def convert_pickled_folder(input_dir: str | os.PathLike[str], output_dir: str | 
 
     Raises:
         FileNotFoundError: When the input folder is not one of this kind.
-        ValueError: When a file is not a pickle of an image and a label map, or both folders are the same.
+        ValueError: When a file is not a pickle of an image and a label map, both folders are the same, or the output
+            folder has a dataset.json of other origin.
     """
     source, target = Path(input_dir), Path(output_dir)
     content = describe_folder(source)
@@ -89,6 +106,9 @@ def convert_pickled_folder(input_dir: str | os.PathLike[str], output_dir: str | 
         raise FileNotFoundError(f"'{source}' has no folder Train of .pkl files.")
     if target.exists() and (not target.is_dir() or target.samefile(source)):
         raise ValueError(f"output_dir must be a folder other than input_dir, got '{target}'.")
+    description = target / "dataset.json"
+    if description.is_file() and NAME not in description.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"'{description}' is there already, and was not made by a conversion.")
     # relative to both folders: pickle files, and what their volumes become
     jobs: list[tuple[str, dict[str, str]]] = []
     renamed: dict[str, dict[str, str]] = {}
@@ -128,7 +148,7 @@ def _description(content: Mapping[str, Any], renamed: Mapping[str, dict[str, str
                 for pair in content[name]
             ]
     return {
-        "name": "converted from pickle files",
+        "name": NAME,
         "description": "label values as in the pickle files; voxels of 1 mm by assumption",
         "tensorImageSize": "3D",
         "modality": {"0": "MRI"},

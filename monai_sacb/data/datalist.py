@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,33 @@ def _section(content: Mapping[str, Any], root: Path, name: str) -> list[dict[str
     entries = content.get(name) or []
     if not isinstance(entries, list):
         raise ValueError(f"{root / 'dataset.json'}: '{name}' must be a list, got {type(entries).__name__}.")
-    return [_subject(entry, root, f"{root / 'dataset.json'}: {name}[{i}]") for i, entry in enumerate(entries)]
+    subjects = [_subject(entry, root, f"{root / 'dataset.json'}: {name}[{i}]") for i, entry in enumerate(entries)]
+    for image, number in Counter(subject["image"] for subject in subjects).items():
+        if number > 1:
+            raise ValueError(f"{root / 'dataset.json'}: '{name}' lists '{image}' {number} times.")
+    return subjects
+
+
+def merge_subjects(subjects: Iterable[Mapping[str, str]], where: object) -> dict[str, dict[str, str]]:
+    """By image, all that several mentions of a subject say of it."""
+    merged: dict[str, dict[str, str]] = {}
+    for subject in subjects:
+        known = merged.setdefault(subject["image"], {})
+        for key, value in subject.items():
+            if known.setdefault(key, value) != value:
+                raise ValueError(f"{where} gives '{subject['image']}' two files as {key}: '{known[key]}', '{value}'.")
+    return merged
+
+
+def _test_images(content: Mapping[str, Any], root: Path) -> set[str]:
+    """Images that are for testing, whether or not they are there."""
+    images = []
+    for name in ("test", "registration_test"):
+        entries = content.get(name)
+        for entry in entries if isinstance(entries, list) else ():
+            roles = [entry.get(key) for key in ("image", "moving", "fixed")] if isinstance(entry, Mapping) else [entry]
+            images += [image for image in roles if isinstance(image, str)]
+    return {os.path.normpath(root / image) for image in images}
 
 
 def _pair_section(content: Mapping[str, Any], root: Path, name: str) -> list[tuple[dict[str, str], dict[str, str]]]:
@@ -100,12 +127,10 @@ def _pair_section(content: Mapping[str, Any], root: Path, name: str) -> list[tup
 
 def _pair_subjects(content: Mapping[str, Any], root: Path, name: str) -> dict[str, dict[str, str]]:
     """By image, the subjects of a list of pairs, with all that the lists of subjects know of them."""
-    known = {subject["image"]: subject for section in SUBJECT_LISTS for subject in _section(content, root, section)}
-    return {
-        subject["image"]: {**subject, **known.get(subject["image"], {})}
-        for pair in _pair_section(content, root, name)
-        for subject in pair
-    }
+    listed = [subject for pair in _pair_section(content, root, name) for subject in pair]
+    images = {subject["image"] for subject in listed}
+    known = (s for section in SUBJECT_LISTS for s in _section(content, root, section) if s["image"] in images)
+    return merge_subjects([*listed, *known], root / "dataset.json")
 
 
 def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training") -> list[dict[str, str]]:
@@ -113,7 +138,8 @@ def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training"
     The subjects of a dataset folder that are trained on, or those that are evaluated on.
 
     Subjects of the list ``validation`` and of the pairs ``registration_val`` are for evaluation. Where a dataset names
-    neither, the last tenth of the training subjects by file name (at least two) is held out. No subject is in both.
+    neither, the last tenth of the training subjects by file name (at least two) is held out. No subject is in both, nor
+    are those of the list ``test`` and of the pairs ``registration_test`` trained on.
 
     Args:
         dataset_dir: folder with a ``dataset.json``, or such a file, whose paths are relative to it; or a folder of
@@ -132,13 +158,15 @@ def load_subjects(dataset_dir: str | os.PathLike[str], section: str = "training"
         raise ValueError(f"section must be 'training', 'validation' or 'test', got '{section}'.")
     root, content = _read_json(dataset_dir)
     if section == "test":
-        listed = {s["image"]: s for s in _section(content, root, "test")}
         # the list of subjects knows their labels, where it has them
-        tested = _pair_subjects(content, root, "registration_test") | listed
+        paired = _pair_subjects(content, root, "registration_test").values()
+        tested = merge_subjects([*paired, *_section(content, root, "test")], root / "dataset.json")
         if not tested:
             raise ValueError(f"'{root}' lists no test subjects.")
         return list(tested.values())
     training, validation = (_section(content, root, name) for name in SUBJECT_LISTS)
+    tested_images = _test_images(content, root)
+    training = [subject for subject in training if subject["image"] not in tested_images]
     held_out = {subject["image"]: subject for subject in validation} | _pair_subjects(content, root, "registration_val")
     if not held_out:
         if len(training) < 4:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import pickle
@@ -20,14 +21,26 @@ from monai_sacb.utils import read_checkpoint, replacing
 
 __all__ = ["DiskCacheDataset"]
 
+# of formats that keep the voxels in a file of another ending
+HEADER_SUFFIXES = (".mhd", ".nhdr", ".hdr", ".img")
 
-def _file_hashing(item: Any) -> bytes:
+
+def _parts(path: Path) -> list[Path]:
+    """The files that an image consists of: it may be a folder, or a header beside the voxels."""
+    if path.is_dir():
+        return sorted(part for part in path.iterdir() if part.is_file())
+    if path.suffix.lower() in HEADER_SUFFIXES:
+        return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    return [path] if path.is_file() else []
+
+
+def file_hashing(item: Any) -> bytes:
     """Hash of an entry of a list of subjects that changes with the files that it names."""
     files = []
     for value in item.values() if isinstance(item, Mapping) else (item,):
-        if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
-            stat = os.stat(value)
-            files.append((stat.st_size, stat.st_mtime_ns))
+        if isinstance(value, (str, os.PathLike)):
+            stats = [(part.name, part.stat()) for part in _parts(Path(value))]
+            files.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return pickle_hashing([pickle_hashing(item), files])
 
 
@@ -101,7 +114,7 @@ class DiskCacheDataset(PersistentDataset):
     ) -> None:
         if Path(cache_dir).exists() and not Path(cache_dir).is_dir():
             raise ValueError(f"cache_dir must be a folder, got the file '{cache_dir}'.")
-        super().__init__(data, transform, cache_dir, hash_func=_file_hashing, hash_transform=_transform_hashing)
+        super().__init__(data, transform, cache_dir, hash_func=file_hashing, hash_transform=_transform_hashing)
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         name = hashlib.sha256(self.hash_func(item_transformed) + self.transform_hash.encode()).hexdigest()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from monai_sacb.data.pickle_reader import PICKLE_SUFFIXES, read_pickled_arrays
 __all__ = ["describe_folder"]
 
 # what the folder of each list of subjects may be called, in any case
+# of a folder, to see whether they hold label maps
+CHECKED_FILES = 10
 SECTION_FOLDERS = {
     "training": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -29,6 +32,18 @@ def _entry(path: Path, root: Path, labelled: bool) -> dict[str, str]:
     return {"image": name, "label": name} if labelled else {"image": name}
 
 
+def _have_labels(files: Sequence[Path]) -> bool:
+    """Whether the pickle files of a folder hold label maps, by the first one, and some others where it has none."""
+    first = len(read_pickled_arrays(files[0]))
+    if first > 2:
+        raise ValueError(f"'{files[0]}' must hold an image and perhaps its label map, got {first} arrays.")
+    # to read hundreds of files would take too long
+    for file in files[1 :: max(1, len(files) // CHECKED_FILES)] if first == 1 else ():
+        if len(read_pickled_arrays(file)) > 1:
+            raise ValueError(f"'{file}' holds a label map, but '{files[0]}' of the same folder holds none.")
+    return first == 2
+
+
 def _pair(moving: dict[str, str], fixed: dict[str, str]) -> dict[str, str]:
     """A listed pair, with the labels that both subjects have."""
     pair = {"fixed": fixed["image"], "moving": moving["image"]}
@@ -40,7 +55,7 @@ def describe_folder(folder: Path) -> dict[str, Any] | None:
     What a ``dataset.json`` would say of a folder with subfolders of pickled subjects.
 
     The subfolders are called ``Train``, ``Val`` and, if there is one, ``Test``, in any case. Each of their ``.pkl``
-    files is a subject, listed by name. Whether such files hold label maps is seen from the first one. A file
+    files is a subject, listed by name; all of a subfolder hold a label map, or none. A file
     ``atlas.pkl`` beside the subfolders is the atlas; it is the moving image of the listed pairs.
 
     Args:
@@ -52,7 +67,8 @@ def describe_folder(folder: Path) -> dict[str, Any] | None:
         has no training subjects of this kind.
 
     Raises:
-        ValueError: When the first file of a subfolder is not a pickle file of arrays.
+        ValueError: When the first file of a subfolder is not a pickle file of one or two arrays, or it has no label map
+            while others do.
     """
     if not folder.is_dir():
         return None
@@ -61,8 +77,7 @@ def describe_folder(folder: Path) -> dict[str, Any] | None:
     for section, names in SECTION_FOLDERS.items():
         files = [file for path in subfolders if path.name.lower() in names for file in _pickles(path)]
         if files:
-            labelled = len(read_pickled_arrays(files[0])) > 1
-            content[section] = [_entry(file, folder, labelled) for file in files]
+            content[section] = [_entry(file, folder, _have_labels(files)) for file in files]
     if "training" not in content:
         return None
     atlas = next((path for path in _pickles(folder) if path.stem.lower() == "atlas"), None)

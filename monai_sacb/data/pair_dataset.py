@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -15,7 +16,8 @@ from torch.utils.data import Dataset
 from monai.data import CacheDataset, MetaTensor
 from monai.transforms import Compose, Lambda, Randomizable, RandomizableTrait, Transform
 
-from monai_sacb.data.disk_cache import DiskCacheDataset
+from monai_sacb.data.disk_cache import DiskCacheDataset, file_hashing
+from monai_sacb.utils import subject_names
 
 __all__ = ["PairDataset"]
 
@@ -34,8 +36,9 @@ class PairDataset(Dataset):
     Pairs of subjects for registration. Each subject is loaded, transformed and cached once, not once for every pair.
 
     An item is a dictionary with every key of the two subjects under ``moving_<key>`` and ``fixed_<key>``
-    (``moving_image``, ``fixed_image``, ``moving_label``, ...) and the number of the pair under ``pair_index``, passed
-    through ``pair_transform``.
+    (``moving_image``, ``fixed_image``, ``moving_label``, ...), names of the two, of the files of their images, under
+    ``moving_subject`` and ``fixed_subject``, and the number of the pair under ``pair_index``, passed through
+    ``pair_transform``.
 
     Random transforms are seeded anew for each item from torch's generator, so that a training that is resumed with the
     state of that generator goes on with the same augmentation.
@@ -114,6 +117,8 @@ class PairDataset(Dataset):
         candidates = (getattr(self.subjects, "transform", None), pair_transform)
         self._random: list[Any] = [candidate for candidate in candidates if _is_random(candidate)]
         self._log_entries()
+        images = [] if isinstance(data, Dataset) else [subject.get("image") for subject in data]
+        self._names = subject_names(images) if all(isinstance(image, str) for image in images) else []  # type: ignore[arg-type]
         if label_ids is not None:
             if cache_rate == 1.0 and cache_dir is None:
                 self._check_labels(label_ids, all_labels, range(num_subjects))
@@ -161,6 +166,19 @@ class PairDataset(Dataset):
         if extra:
             logger.info(f"Label ids {extra} are in the data but not configured; they count as background.")
 
+    def fingerprint(self) -> str:
+        """
+        Hash of the pairs, of the subjects, and of the sizes and times of their files.
+
+        Raises:
+            ValueError: When the subjects are a dataset of their own, whose files are not known.
+        """
+        if isinstance(self.data, Dataset):
+            raise ValueError("only a list of subjects has a fingerprint, not a dataset.")
+        parts = [file_hashing(subject) for subject in self.data]
+        pairs = None if self.pairs is None else [[int(index) for index in pair] for pair in self.pairs]
+        return hashlib.sha256(repr((parts, pairs)).encode()).hexdigest()
+
     def __len__(self) -> int:
         if self.pairs is not None:
             return len(self.pairs)
@@ -186,5 +204,7 @@ class PairDataset(Dataset):
         for role, subject in zip(("moving", "fixed"), self.pair_indices(index)):
             # shallow copies: the cached tensors are shared by many pairs
             pair.update({f"{role}_{key}": value for key, value in self.subjects[subject].items()})
+            if self._names:
+                pair[f"{role}_subject"] = self._names[subject]
         result = pair if self.pair_transform is None else self.pair_transform(pair)
         return result

@@ -10,12 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_sacb.data.datalist import _pair_section, _read_json, _subject, load_pairs, load_subjects
+from monai_sacb.data.datalist import (
+    SUBJECT_LISTS,
+    _pair_section,
+    _read_json,
+    _section,
+    _subject,
+    load_pairs,
+    load_subjects,
+)
 from monai_sacb.data.pickle_reader import PICKLE_SUFFIXES, read_pickled_arrays
 
 __all__ = ["atlas_to_subject", "make_pairs", "read_pairs_csv", "subject_to_atlas"]
 
-STRATEGIES = ("all", "listed", "atlas_to_subject", "subject_to_atlas")
+STRATEGIES = ("auto", "all", "listed", "atlas_to_subject", "subject_to_atlas")
 # lists of pairs in a dataset.json, by the section that they belong to; the first is one of Learn2Reg's
 PAIR_LISTS = {
     "training": "training_paired_images",
@@ -112,14 +120,18 @@ def _atlas(dataset_dir: str | os.PathLike[str], atlas: Any) -> dict[str, str]:
     """The atlas that the user or else the dataset names."""
     if isinstance(atlas, Mapping):
         return _subject(atlas, Path.cwd(), "atlas")
-    if atlas is not None:
-        return _named_subject(str(atlas), None, Path.cwd(), "atlas")
     root, content = _read_json(dataset_dir)
+    # what the lists know of it, such as its label map
+    known = {subject["image"]: subject for name in SUBJECT_LISTS for subject in _section(content, root, name)}
+    if atlas is not None:
+        subject = _named_subject(str(atlas), None, Path.cwd(), "atlas")
+        return known.get(subject["image"], {}) | subject
     if content.get("atlas") is None:
         raise ValueError(
             f"'{root}' names no atlas: give one, list it in dataset.json under 'atlas', or put a file atlas.pkl there."
         )
-    return _subject(content["atlas"], root, f"{root / 'dataset.json'}: atlas")
+    subject = _subject(content["atlas"], root, f"{root / 'dataset.json'}: atlas")
+    return known.get(subject["image"], {}) | subject
 
 
 def _listed(
@@ -137,7 +149,7 @@ def _listed(
 def make_pairs(
     dataset_dir: str | os.PathLike[str] | None,
     section: str = "training",
-    strategy: str = "all",
+    strategy: str = "auto",
     atlas: str | os.PathLike[str] | Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """
@@ -148,7 +160,9 @@ def make_pairs(
         section: ``"training"``, ``"validation"`` or ``"test"``.
         strategy: one of
 
-            - ``"all"``: all ordered pairs; in validation and test the pairs that the dataset lists, where it does;
+            - ``"auto"``: in validation and test the pairs that the dataset lists, where it does, or else, and in
+              training, all ordered pairs;
+            - ``"all"``: all ordered pairs;
             - ``"listed"``: the pairs that the dataset lists, ``training_paired_images``, ``registration_val`` or
               ``registration_test``;
             - ``"atlas_to_subject"``: the atlas is moving, each of the other subjects fixed;
@@ -173,7 +187,7 @@ def make_pairs(
     table = strategy.lower().endswith(".csv")
     if not table and strategy not in STRATEGIES:
         raise ValueError(f"pairs must be one of {STRATEGIES} or the path of a .csv file, got '{strategy}'.")
-    if atlas is not None and not strategy.endswith("_atlas") and not strategy.startswith("atlas_"):
+    if atlas is not None and (table or "atlas" not in strategy):
         raise ValueError(
             f"an atlas is used with the pairs 'atlas_to_subject' and 'subject_to_atlas', got '{strategy}'."
         )
@@ -193,7 +207,8 @@ def make_pairs(
         if not pairs:
             raise ValueError(f"'{dataset_dir}' has no subject for {section} beside the atlas.")
         return {"data": subjects, "pairs": pairs}
-    listed = None if (section, strategy) == ("training", "all") else _listed(dataset_dir, subjects, section)
+    every = strategy == "all" or (section, strategy) == ("training", "auto")
+    listed = None if every else _listed(dataset_dir, subjects, section)
     if listed is None and strategy == "listed":
         raise ValueError(f"'{dataset_dir}' has no list '{PAIR_LISTS[section]}' of pairs for {section}.")
     if listed is None and len(subjects) < 2:

@@ -11,7 +11,7 @@ from ignite.engine import Events
 from monai.engines import Workflow
 
 from monai_sacb.handlers.pair_metric import pair_items
-from monai_sacb.utils import replacing, subject_name
+from monai_sacb.utils import pair_names, replacing
 from monai_sacb.visualize import plot_registration
 
 __all__ = ["RegistrationFigure"]
@@ -56,7 +56,7 @@ class RegistrationFigure:
         if self._item is None:
             return
         item, self._item = self._item, None
-        title = f"{subject_name(item['moving_image'])} on {subject_name(item['fixed_image'])}"
+        title = " on ".join(pair_names(item))
         details = engine.state.metric_details
         if self.dice in details and self.dice_before in details:
             before, after = (float(details[name][0].nanmean()) for name in (self.dice_before, self.dice))

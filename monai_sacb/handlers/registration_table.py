@@ -19,7 +19,7 @@ from monai.engines import Workflow
 from monai_sacb.handlers.pair_journal import PairJournal
 from monai_sacb.handlers.pair_metric import pair_items, pair_values
 from monai_sacb.metrics import bootstrap_interval, lowest_mean
-from monai_sacb.utils import replacing, subject_name
+from monai_sacb.utils import pair_names, replacing
 from monai_sacb.visualize import plot_structures
 
 __all__ = ["RegistrationTable"]
@@ -63,7 +63,7 @@ class RegistrationTable:
         journal: keeps the rows of an evaluation that may be stopped and resumed.
 
     Raises:
-        ValueError: When a group names an unknown structure.
+        ValueError: When a group names an unknown structure, or two of structures, groups and ``mean`` have one name.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class RegistrationTable:
             "val_dice_linear",
             "val_hd95_before_mm",
             "val_hd95_mm",
+            "val_surface_dice_before",
             "val_surface_dice",
         ),
         others: Sequence[str] = (
@@ -100,6 +101,10 @@ class RegistrationTable:
         self.output_dir = Path(output_dir)
         self.label_names = list(label_names)
         self.groups = {name: list(members) for name, members in (groups or {}).items()}
+        reserved = {"mean", *self.groups}
+        for name in self.label_names:
+            if name in reserved or self.label_names.count(name) > 1:
+                raise ValueError(f"a structure, a group and their mean need different names, got '{name}' twice.")
         for name, members in self.groups.items():
             unknown = [member for member in members if member not in self.label_names]
             if unknown or not members:
@@ -136,14 +141,9 @@ class RegistrationTable:
         }
         rows = []
         for i, item in enumerate(pair_items(engine)):
-            rows.append(
-                {
-                    "pair": int(item.get("pair_index", len(self._rows) + i)),
-                    "moving": subject_name(item["moving_image"]),
-                    "fixed": subject_name(item["fixed_image"]),
-                    "values": {name: value[i].tolist() for name, value in values.items()},
-                }
-            )
+            moving, fixed = pair_names(item)
+            row = {"pair": int(item.get("pair_index", len(self._rows) + i)), "moving": moving, "fixed": fixed}
+            rows.append({**row, "values": {name: value[i].tolist() for name, value in values.items()}})
         self._rows += rows
         if self.journal is not None:
             self.journal.append(rows)
@@ -183,6 +183,8 @@ class RegistrationTable:
         with replacing(self.output_dir / "summary.json") as path:
             finite = {name: _finite(value) for name, value in summary.items()}
             path.write_text(json.dumps({"pairs": len(rows), **finite}, indent=2) + "\n", encoding="utf-8")
+        # one of an earlier evaluation must not pass for this one's
+        (self.output_dir / "structures.png").unlink(missing_ok=True)
         if self.plot is not None and all(name in tables for name in self.plot):
             before, after = (tables[name] for name in self.plot)
             with replacing(self.output_dir / "structures.png") as path:
@@ -201,7 +203,9 @@ class RegistrationTable:
                 summary[f"{name}_lowest30"] = float(lowest_mean(columns[name].tolist()))
         if self.absent_as_zero:
             for name in (name for name in self.dice if name in tables):
-                summary[f"{name}/mean_absent_as_zero"] = float(np.nan_to_num(tables[name]).mean())
+                # not those pairs that have no label maps at all
+                measured = tables[name][~np.isnan(tables[name]).all(1)]
+                summary[f"{name}/mean_absent_as_zero"] = _mean(np.nan_to_num(measured).ravel())
         if self.num_resamples > 0:
             for name in (name for name in (*means, *self.others) if name in columns):
                 interval = bootstrap_interval(columns[name].tolist(), pairs, num_resamples=self.num_resamples)

@@ -25,7 +25,8 @@ def spacings_of(reference: torch.Tensor) -> list[list[float]]:
     dims = reference.dim() - 2
     affines = reference.affine if isinstance(reference, MetaTensor) else torch.eye(dims + 1)
     affines = affines.expand(len(reference), *affines.shape[-2:])
-    spacings: list[list[float]] = affines[:, :dims, :dims].double().norm(dim=1).tolist()
+    # of a slice that is tilted in space, axes have components in all three directions
+    spacings: list[list[float]] = affines[:, :-1, :dims].double().norm(dim=1).tolist()
     return spacings
 
 

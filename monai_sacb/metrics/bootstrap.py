@@ -30,7 +30,7 @@ def bootstrap_interval(
         seed: of the random numbers; the same arguments give the same interval.
 
     Returns:
-        lower and upper end; NaN where no value counts.
+        lower and upper end; NaN where no value counts, or where there are less than three subjects.
 
     Raises:
         ValueError: When there are not as many values as pairs, or a number is out of its range.
@@ -45,9 +45,10 @@ def bootstrap_interval(
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     numbers = np.asarray(values, dtype=np.float64)
     counts = ~np.isnan(numbers)
-    if not counts.any():
-        return float("nan"), float("nan")
     position = {subject: i for i, subject in enumerate(dict.fromkeys(subject for pair in pairs for subject in pair))}
+    # two subjects are one pair, in two directions: nothing is drawn that could differ
+    if not counts.any() or len(position) < 3:
+        return float("nan"), float("nan")
     moving, fixed = np.array([[position[subject] for subject in pair] for pair in pairs])[counts].T
     numbers = numbers[counts]
     rng = np.random.default_rng(seed)
@@ -56,9 +57,12 @@ def bootstrap_interval(
     # one resample at a time: of all at once, the memory would grow with pairs times resamples
     for times in drawn:
         weight = times[moving] * times[fixed]
-        if weight.any():
-            means.append(np.average(numbers, weights=weight))
+        chosen = weight > 0
+        if chosen.any():
+            # an infinite distance that has not been drawn must not make the mean NaN
+            means.append(np.average(numbers[chosen], weights=weight[chosen]))
     if not means:
         return float("nan"), float("nan")
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    # observed values, since there is nothing between two infinite ones
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
     return float(low), float(high)

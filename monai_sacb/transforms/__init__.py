@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .augment import RefuseFieldsd
-from .checks import CheckPaird, CheckVolumed
+from .checks import CheckGridd, CheckPaird, CheckVolumed
 from .io import LoadVolumed
-from .labels import SelectLabelsd, number_labels
+from .labels import CommonLabelsd, SelectLabelsd, number_labels
 from .learn2reg import SaveLearn2Regd, displacement_to_ddf, load_learn2reg_field, save_learn2reg_field
 from .points import LoadPointsd, PointsToVoxelsd, WarpPointsd, read_points, transform_points
 from .save import SaveRegistrationd, save_displacement
@@ -21,8 +21,10 @@ from .spatial import (
 )
 
 __all__ = [
+    "CheckGridd",
     "CheckPaird",
     "CheckVolumed",
+    "CommonLabelsd",
     "ComposeDDFd",
     "DDFToDisplacementd",
     "FieldOfViewd",

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import nibabel as nib
 import torch
 
 from monai.config import KeysCollection
@@ -14,7 +15,10 @@ from monai.transforms import MapTransform, Transform
 
 from monai_sacb.utils import image_name
 
-__all__ = ["CheckPaird", "CheckVolumed"]
+__all__ = ["CheckGridd", "CheckPaird", "CheckVolumed"]
+
+# of a voxel: what headers differ by when one and the same is written in two ways
+GRID_TOLERANCE = 0.02
 
 
 class CheckVolumed(MapTransform):
@@ -73,6 +77,51 @@ class CheckVolumed(MapTransform):
             if bad:
                 raise ValueError(f"{image_name(key, image)} has {bad} NaN or infinite voxels.")
         return dict(data)
+
+
+class CheckGridd(MapTransform):
+    """
+    Refuse a label map whose voxels do not lie as those of its image do, by the headers of their files.
+
+    Images and label maps are turned to one orientation each by its own header: two that differ would be turned
+    differently. Only directions and voxel sizes are compared, not origins, which play no part.
+
+    Args:
+        keys: label maps ``(C, *spatial)``, as loaded.
+        reference_key: the image.
+        allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When size, directions or voxel sizes differ from the image's.
+    """
+
+    def __init__(
+        self, keys: KeysCollection = "label", reference_key: str = "image", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.reference_key = reference_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data[self.reference_key]
+        for key in self.key_iterator(data):
+            label = data[key]
+            names = f"{image_name(key, label)} and {image_name(self.reference_key, image)}"
+            if label.shape[1:] != image.shape[1:]:
+                raise ValueError(
+                    f"{names} have different sizes, {tuple(label.shape[1:])} and {tuple(image.shape[1:])}."
+                )
+            if isinstance(label, MetaTensor) and isinstance(image, MetaTensor):
+                a, b = (torch.as_tensor(x.affine, dtype=torch.float64)[:-1, :-1] for x in (label, image))
+                if bool(((a - b).norm(dim=0) > GRID_TOLERANCE * b.norm(dim=0)).any()):
+                    raise ValueError(
+                        f"{names} lie differently by their headers: {self._grid(label)} and {self._grid(image)}."
+                    )
+        return dict(data)
+
+    @staticmethod
+    def _grid(image: MetaTensor) -> str:
+        sizes = " x ".join(f"{size:.3g}" for size in image.pixdim.tolist())
+        return f"axes {''.join(nib.aff2axcodes(image.affine.numpy()))}, voxels of {sizes} mm"
 
 
 class CheckPaird(Transform):

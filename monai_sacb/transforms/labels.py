@@ -11,10 +11,13 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
 
-from monai_sacb.utils import image_name
+from monai_sacb.utils import image_name, plain_tensor
 
-__all__ = ["SelectLabelsd", "number_labels"]
+__all__ = ["CommonLabelsd", "SelectLabelsd", "number_labels"]
+
+MAX_COUNTED_RANGE = 1 << 20
 
 
 def number_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor:
@@ -36,10 +39,24 @@ def number_labels(label: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor
     if label.is_floating_point() and bool((label != label.round()).any()):
         value = float(label[label != label.round()].flatten()[0])
         raise ValueError(f"a label map must hold whole numbers, got {value:g}; it may have been resampled linearly.")
-    selected = torch.zeros_like(label, dtype=torch.uint8 if len(label_ids) < 256 else torch.int16)
-    for number, label_id in enumerate(label_ids, start=1):
-        selected[label == label_id] = number
-    return selected
+    # one pass over the map, however many labels there are
+    values, order = torch.tensor(label_ids, device=label.device).sort()
+    numbers = (order + 1).to(torch.uint8 if len(label_ids) < 256 else torch.int16)
+    whole = label.long()
+    place = torch.bucketize(whole, values).clamp_(max=len(values) - 1)
+    return torch.where(values[place] == whole, numbers[place], 0)
+
+
+def _values(label: torch.Tensor) -> list[int]:
+    """The values in a label map, in growing order."""
+    whole = plain_tensor(label).long()
+    if whole.numel() == 0:
+        return []
+    lowest, highest = (int(value) for value in torch.aminmax(whole))
+    if highest - lowest > MAX_COUNTED_RANGE:
+        return [int(value) for value in torch.unique(whole)]
+    # counting is faster than sorting
+    return [lowest + int(value) for value in torch.bincount((whole - lowest).flatten()).nonzero()[:, 0]]
 
 
 class SelectLabelsd(MapTransform):
@@ -73,6 +90,44 @@ class SelectLabelsd(MapTransform):
             except ValueError as error:
                 raise ValueError(f"{image_name(key, label)}: {error}") from error
             if isinstance(result[key], MetaTensor):
-                found = torch.unique(label.as_tensor()).tolist()
-                result[key].meta["label_ids"] = " ".join(str(int(value)) for value in found)
+                result[key].meta["label_ids"] = " ".join(str(value) for value in _values(label))
+        return result
+
+
+class CommonLabelsd(MapTransform):
+    """
+    Make background of the labels that another label map does not have.
+
+    A structure that only one image of a pair has cannot be registered. With this, metrics, which leave out what the
+    fixed image lacks, leave out what either image lacks, as the evaluation of Learn2Reg does.
+
+    Args:
+        keys: label maps of the fixed images.
+        reference_keys: for each of them the label map of the moving image. Where there is none, nothing is changed.
+        allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When there are not as many reference keys as keys.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "fixed_label",
+        reference_keys: KeysCollection = "moving_label",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.reference_keys = ensure_tuple(reference_keys)
+        if len(self.reference_keys) != len(self.keys):
+            raise ValueError(
+                f"there must be one reference key for each of the keys {self.keys}, got {self.reference_keys}."
+            )
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key, reference_key in self.key_iterator(data, self.reference_keys):
+            if reference_key in data:
+                label = data[key]
+                values = torch.as_tensor(_values(data[reference_key]), device=label.device)
+                result[key] = torch.where(torch.isin(plain_tensor(label).long(), values), label, 0)
         return result

@@ -63,7 +63,8 @@ class SaveRegistrationd(Transform):
         image_key: warped image, ``(C, D, H, W)``.
         label_key: warped label map, ``(1, D, H, W)``.
         displacement_key: displacement ``(3, D, H, W)`` in LPS millimetres.
-        moving_key, fixed_key: the two images, for their names.
+        moving_key, fixed_key: the two images, whose files give the folder its name where the pair has no
+            ``moving_subject`` and ``fixed_subject``.
         label_ids: values to write for the labels 1, 2, ..., where ``SelectLabelsd`` has numbered them anew.
     """
 
@@ -87,20 +88,24 @@ class SaveRegistrationd(Transform):
         # which files each folder was written for: different images may have files of one name
         self._folders: dict[str, tuple[str, str]] = {}
 
-    def _folder(self, moving: Any, fixed: Any) -> Path:
-        files = tuple(
-            str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
-            for image in (moving, fixed)
+    def _folder(self, data: Mapping[Hashable, Any]) -> Path:
+        images = (data[self.moving_key], data[self.fixed_key])
+        files = [
+            str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else "" for image in images
+        ]
+        moving, fixed = (
+            data.get(f"{role}_subject") or subject_name(image) or role
+            for role, image in zip(("moving", "fixed"), images)
         )
-        name = f"{subject_name(moving) or 'moving'}_to_{subject_name(fixed) or 'fixed'}"
+        name = f"{moving}_to_{fixed}"
         unique, number = name, 1
-        while self._folders.setdefault(unique, (files[0], files[1])) != files:
+        while self._folders.setdefault(unique, (files[0], files[1])) != tuple(files):
             number += 1
             unique = f"{name}_{number}"
         return self.output_dir / unique
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        folder = self._folder(data[self.moving_key], data[self.fixed_key])
+        folder = self._folder(data)
         if self.displacement_key in data:
             # first, since it looks at what it is given
             displacement = data[self.displacement_key]

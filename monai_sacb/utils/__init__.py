@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .bundle import find_bundle_root
 from .files import file_digest, replacing
-from .tensors import image_name, is_exported, is_traced, plain_tensor, subject_name
+from .settings import settings_digest
+from .subjects import pair_names, subject_name, subject_names
+from .tensors import image_name, is_exported, is_traced, plain_tensor
 from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
@@ -15,8 +17,11 @@ __all__ = [
     "is_exported",
     "is_traced",
     "not_finite",
+    "pair_names",
     "plain_tensor",
     "read_checkpoint",
     "replacing",
+    "settings_digest",
     "subject_name",
+    "subject_names",
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from monai.data import MetaTensor
 
-__all__ = ["image_name", "is_exported", "is_traced", "plain_tensor", "subject_name"]
+__all__ = ["image_name", "is_exported", "is_traced", "plain_tensor"]
 
 
 def is_exported() -> bool:
@@ -32,9 +31,3 @@ def image_name(key: Hashable, image: Any) -> str:
     """What to call an image in a message: its key and, where known, its file."""
     filename = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
     return f"{key} '{filename}'" if filename else str(key)
-
-
-def subject_name(image: Any) -> str:
-    """Name of a subject: the file name of its image without extensions; empty where it is not known."""
-    filename = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
-    return Path(str(filename)).name.split(".")[0]

@@ -161,7 +161,7 @@ def test_labels_and_other_files_come_with_the_subject(tmp_path: Path) -> None:
 )
 def test_points(tmp_path: Path, listed: dict[str, str]) -> None:
     training = [{**entry(n), **{key: path.format(n) for key, path in listed.items()}} for n in "abcd"]
-    content = {"training": training, "registration_val": [pair("c", "d")], "registration_test": [pair("a", "d")]}
+    content = {"training": training, "registration_val": [pair("c", "d")], "registration_test": [pair("c", "d")]}
     folder = write_dataset(tmp_path, "abcd", content)
     (folder / "keypointsTr").mkdir()
     for name in "abcd":
@@ -171,6 +171,32 @@ def test_points(tmp_path: Path, listed: dict[str, str]) -> None:
         for subject in subjects:
             assert subject.keys() == {"image", "label", "points"}
             assert subject["points"] == subject["image"].replace("images", "keypointsTr").replace(".nii.gz", ".csv")
+
+
+def test_test_subjects_are_not_trained_on(tmp_path: Path) -> None:
+    # that test images are not there is common: only some get them
+    content = {"training": [entry(n) for n in "abcdefg"], "test": [entry("a"), "images/none.nii.gz"]}
+    folder = write_dataset(tmp_path, "abcdefg", {**content, "registration_test": [pair("b", "c")]})
+    assert image_names(load_subjects(folder)) == ["d", "e"]
+    assert image_names(load_subjects(folder, "validation")) == ["f", "g"]
+
+
+def test_all_mentions_of_a_subject_count(tmp_path: Path) -> None:
+    labels = {"moving_label": "labels/c.nii.gz", "fixed_label": "labels/d.nii.gz"}
+    content = {"training": [entry(n) for n in "ab"], "registration_val": [{**pair("c", "d"), **labels}, pair("d", "c")]}
+    folder = write_dataset(tmp_path, "abcd", content)
+    for subjects in (load_subjects(folder, "validation"), load_request(folder)["data"]):
+        assert [Path(subject["label"]).name for subject in subjects] == ["c.nii.gz", "d.nii.gz"]
+    content["registration_val"].append({**pair("d", "c"), "fixed_label": "labels/a.nii.gz"})
+    write_dataset(tmp_path, "abcd", content)
+    with pytest.raises(ValueError, match=r"gives '.*c\.nii\.gz' two files as label: '.*c\.nii\.gz', '.*a\.nii\.gz'"):
+        load_subjects(folder, "validation")
+
+
+def test_a_subject_is_listed_once(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, "abcd", {"training": [entry(n) for n in "abcdb"]})
+    with pytest.raises(ValueError, match=r"'training' lists '.*b\.nii\.gz' 2 times"):
+        load_subjects(folder)
 
 
 @pytest.mark.parametrize("listed", [{"keypoints": 3}, {"keypoints": None}, {"points": None}, {}], ids=str)

@@ -96,7 +96,8 @@ def test_dataset_json_comes_first(tmp_path: Path) -> None:
 # strategy, section -> pairs
 ATLAS_CASES: dict[str, tuple[str, str, list[tuple[str, str]] | None]] = {
     "all of training": ("all", "training", None),
-    "all of validation are those listed": ("all", "validation", [("atlas", "subject_4"), ("atlas", "subject_5")]),
+    "none named in validation": ("auto", "validation", [("atlas", "subject_4"), ("atlas", "subject_5")]),
+    "none named in training": ("auto", "training", None),
     "listed": ("listed", "test", [("atlas", "subject_6")]),
     "atlas to subject": (
         "atlas_to_subject",
@@ -227,7 +228,7 @@ ILL_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown strategy": ({"strategy": "random"}, r"'random'"),
     "unknown section": ({"section": "train"}, r"'train'"),
     "no dataset": ({"dataset_dir": None}, r"need a dataset_dir"),
-    "atlas without use": ({"atlas": "atlas.pkl"}, r"got 'all'"),
+    "atlas without use": ({"atlas": "atlas.pkl"}, r"got 'auto'"),
     "atlas for a CSV": ({"atlas": "atlas.pkl", "strategy": "a.csv"}, r"got 'a\.csv'"),
     "missing atlas": ({"atlas": "mine.pkl", "strategy": "atlas_to_subject"}, r"mine\.pkl' does not exist"),
     "missing CSV": ({"strategy": "mine.csv"}, r"no file of pairs at '.*mine\.csv'"),
@@ -274,7 +275,7 @@ def test_conversion_stops_at_a_bad_file_and_goes_on(tmp_path: Path) -> None:
     bad = folder / "Train" / "subject_3.pkl"
     for content, message in (
         (b"no pickle", r"subject_3\.pkl' is not a whole pickle"),
-        (pickle.dumps(volume(3)[0]), r"subject_3\.pkl' has no label map"),
+        (pickle.dumps(volume(3)[0]), r"subject_3\.pkl' holds 1 arrays instead of 2"),
         (pickle.dumps((volume(3)[0], volume(3)[0])), r"subject_3\.pkl': the label map has values that are no whole"),
         (pickle.dumps((volume(3)[0], volume(3)[1][1:])), r"subject_3\.pkl': the image has size \(4, 5, 6\)"),
         (pickle.dumps((np.ones(3), np.ones(3))), r"subject_3\.pkl': the image has 1 dimensions"),
@@ -286,6 +287,44 @@ def test_conversion_stops_at_a_bad_file_and_goes_on(tmp_path: Path) -> None:
     pickled(folder, {"Train/subject_3.pkl": 3})
     convert_pickled_folder(folder, tmp_path / "nifti")
     assert len(load_subjects(tmp_path / "nifti")) == 3
+
+
+def test_conversion_of_other_files_into_the_same_folder(tmp_path: Path) -> None:
+    target = tmp_path / "nifti"
+    convert_pickled_folder(pickled(tmp_path / "first", IXI), target)
+    shifted = {name: seed + 20 for name, seed in IXI.items()}
+    convert_pickled_folder(pickled(tmp_path / "second", shifted), target)
+    for entry in json.loads((target / "dataset.json").read_text())["training"]:
+        name = Path(entry["image"]).name.removesuffix(".nii.gz")
+        for key, expected in zip(("image", "label"), volume(shifted[f"Train/{name}.pkl"])):
+            np.testing.assert_array_equal(np.asarray(nib.load(target / entry[key]).dataobj), expected)
+    (target / "dataset.json").write_text('{"training": []}')
+    with pytest.raises(ValueError, match=r"dataset\.json' is there already"):
+        convert_pickled_folder(tmp_path / "first", target)
+
+
+def test_folders_of_pickles_with_and_without_labels(tmp_path: Path) -> None:
+    folder = pickled(tmp_path, IXI)
+    first = min((folder / "Train").iterdir())
+    first.write_bytes(pickle.dumps(volume(1)[0]))
+    with pytest.raises(ValueError, match=rf"holds a label map, but '.*{first.name}' of the same folder holds none"):
+        describe_folder(folder)
+    first.write_bytes(pickle.dumps((*volume(1), volume(2)[0])))
+    with pytest.raises(ValueError, match=rf"{first.name}' must hold an image and perhaps its label map, got 3 arrays"):
+        describe_folder(folder)
+
+
+def test_the_atlas_has_the_label_map_that_the_lists_give_it(tmp_path: Path) -> None:
+    folder = Path(convert_pickled_folder(pickled(tmp_path / "pkl", IXI), tmp_path / "nifti"))
+    content = json.loads((folder / "dataset.json").read_text())
+    entry = content["training"][0]
+    atlas = str(folder / entry["image"])
+    given = make_pairs(folder, "validation", "atlas_to_subject", atlas)
+    content["atlas"] = entry["image"]
+    (folder / "dataset.json").write_text(json.dumps(content))
+    for request in (given, make_pairs(folder, "validation", "atlas_to_subject")):
+        subject = request["data"][request["pairs"][0][0]]
+        assert subject["image"] == str(Path(atlas)) and Path(subject["label"]) == folder / entry["label"]
 
 
 def test_conversion_of_the_wrong_folder(tmp_path: Path) -> None:

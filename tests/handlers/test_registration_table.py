@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import PairJournal, PairMetric, RegistrationTable
 from monai_sacb.metrics import FieldErrorMetric, FoldsMetric, bootstrap_interval
 from monai_sacb.transforms import WarpDDFd
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHAPE = (6, 7, 8)
 LABELS = ["left", "right"]
@@ -334,7 +338,7 @@ class KilledError(Exception):
     """In the place of a kill."""
 
 
-def evaluate_until(output_dir: Path, stop: int | None, settings: Any = 0, resume: bool = True) -> list[int]:
+def evaluate_until(output_dir: Path, stop: int | None, settings: Any = None, resume: bool = True) -> list[int]:
     """Evaluate with a journal, stopped in front of a pair; the pairs that were measured."""
     journal = PairJournal(output_dir / "pairs.jsonl", settings, resume)
     seen: list[int] = []
@@ -388,13 +392,41 @@ def test_all_measured_but_not_reported(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
-    evaluate_until(tmp_path, 1, settings=["weights 1", 50])
-    with pytest.raises(ValueError, match=r"pairs\.jsonl' was written with other settings, \['weights 1', 50\] instead"):
-        PairJournal(tmp_path / "pairs.jsonl", ["weights 2", 50], resume=True)
+    settings = {"weights": "1", "steps": [50], "device": "cpu"}
+    evaluate_until(tmp_path, 1, settings=settings)
+    for other, names in (({"steps": [51]}, "steps"), ({"weights": "2", "seed": 0}, "weights, seed")):
+        with pytest.raises(ValueError, match=rf"pairs\.jsonl' was written with other settings \({names}\)"):
+            PairJournal(tmp_path / "pairs.jsonl", {**settings, **other}, resume=True)
+    assert len(PairJournal(tmp_path / "pairs.jsonl", settings, resume=True).rows) == 1
+
+
+def test_two_evaluations_in_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    journal = PairJournal(tmp_path / "pairs.jsonl")
+    journal.begin()
+    code = (
+        "import sys\nfrom monai_sacb.handlers import PairJournal\n"
+        "try:\n    PairJournal(sys.argv[1], resume=True).begin()\nexcept ValueError as error:\n    sys.exit(str(error))"
+    )
+    command = [sys.executable, "-c", code, str(journal.path)]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 1 and "another evaluation is writing to" in refused.stderr
+    journal.append([{"pair": 0, "moving": "a", "fixed": "b", "values": {"x": [1.0]}}])
+    journal.close()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert len(PairJournal(journal.path, resume=True).rows) == 1
+    with pytest.raises(ValueError, match="has not begun"):
+        journal.append([])
+
+
+def test_bytes_that_are_no_journal(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not the journal"):
+        PairJournal(tmp_path / "pairs.jsonl", resume=True)
 
 
 @pytest.mark.parametrize("content", ["", "moving,fixed\n", "{}\n", '{"settings": 0}\n{"pair": "x"}\n', "[1]\n"])
 def test_no_journal(tmp_path: Path, content: str) -> None:
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"pairs\.jsonl' is not the journal of an evaluation"):
-        PairJournal(tmp_path / "pairs.jsonl", 0, resume=True)
+        PairJournal(tmp_path / "pairs.jsonl", resume=True)

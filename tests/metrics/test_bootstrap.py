@@ -43,7 +43,7 @@ def test_shared_subjects_widen_the_interval() -> None:
 
 
 def test_confidence_and_seed() -> None:
-    values, pairs = [0.1, 0.5, 0.4, 0.9], [(0, 1), (1, 2), (2, 3), (3, 0)]
+    values, pairs = np.linspace(0, 1, 20).tolist(), [(i, (i + 1) % 20) for i in range(20)]
     wide, narrow = (bootstrap_interval(values, pairs, confidence=c) for c in (0.99, 0.5))
     assert wide[0] <= narrow[0] < narrow[1] <= wide[1] and wide != narrow
     assert bootstrap_interval(values, pairs) == bootstrap_interval(values, pairs)
@@ -55,6 +55,19 @@ def test_nan_does_not_count() -> None:
     low, high = bootstrap_interval(values, pairs)
     assert 0.1 <= low < high <= 0.9
     assert all(math.isnan(end) for end in bootstrap_interval([math.nan] * 4, pairs))
+
+
+def test_infinite_values() -> None:
+    pairs = [(i, j) for i in range(20) for j in range(20) if i != j]
+    values = [math.inf if pair == (0, 1) else 1.0 + 0.01 * pair[1] for pair in pairs]
+    low, high = bootstrap_interval(values, pairs)
+    # whoever draws both of the two subjects has an infinite mean
+    assert 1.0 < low < 1.2 and high == math.inf
+
+
+def test_two_subjects_tell_nothing_of_their_spread() -> None:
+    for pairs in ([("a", "b")], [("a", "b"), ("b", "a")]):
+        assert all(math.isnan(end) for end in bootstrap_interval([0.5, 0.9][: len(pairs)], pairs))
 
 
 @pytest.mark.parametrize(("arguments", "message"), ILL_CASES)

@@ -10,7 +10,7 @@ import torch
 
 from monai.data import MetaTensor
 
-from monai_sacb.transforms import CheckPaird, CheckVolumed
+from monai_sacb.transforms import CheckGridd, CheckPaird, CheckVolumed
 
 
 def image(shape: tuple[int, ...], value: float | None = None, name: str | None = None) -> MetaTensor:
@@ -176,3 +176,43 @@ ILL_PAIRS = {
 def test_bad_pairs_are_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CheckPaird()(data)
+
+
+def grid_pair(label_affine: np.ndarray, image_affine: np.ndarray, size: tuple[int, ...] = (4, 5, 6)) -> dict[str, Any]:
+    return {
+        "image": MetaTensor(torch.zeros(1, 4, 5, 6), affine=torch.from_numpy(image_affine)),
+        "label": MetaTensor(torch.zeros(1, *size), affine=torch.from_numpy(label_affine)),
+    }
+
+
+def moved(*diagonal: float) -> np.ndarray:
+    affine = np.diag([*diagonal, 1.0])
+    affine[:3, 3] = 17.0
+    return affine
+
+
+@pytest.mark.parametrize(
+    "other", [np.eye(4), moved(1.0, 1.0, 1.0), moved(1.01, 1.0, 0.995)], ids=["same", "origin", "rounding"]
+)
+def test_label_maps_that_lie_as_their_images(other: np.ndarray) -> None:
+    data = grid_pair(other, np.eye(4))
+    assert CheckGridd()(data) == data
+    assert CheckGridd(allow_missing_keys=True)({"image": data["image"]}).keys() == {"image"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            grid_pair(np.diag([-1.0, -1, 1, 1]), np.eye(4)),
+            r"label and image lie differently .*: axes LPS, .* and axes RAS",
+        ),
+        (grid_pair(np.diag([3.0, 3, 3, 1]), np.eye(4)), r"voxels of 3 x 3 x 3 mm and .* voxels of 1 x 1 x 1 mm"),
+        (grid_pair(np.eye(4)[[1, 0, 2, 3]], np.eye(4)), r"axes ARS"),
+        (grid_pair(np.eye(4), np.eye(4), (4, 6, 5)), r"different sizes, \(4, 6, 5\) and \(4, 5, 6\)"),
+    ],
+    ids=["turned", "spacing", "swapped", "size"],
+)
+def test_label_maps_that_lie_elsewhere(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CheckGridd()(data)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from monai.data import MetaTensor
+from monai.metrics import DiceMetric
 
-from monai_sacb.transforms import SelectLabelsd, number_labels
+from monai_sacb.transforms import CommonLabelsd, SelectLabelsd, number_labels
 
 VALUES = torch.tensor([0, 1, 2, 7, 40, 2035, -3])
 
@@ -109,3 +110,28 @@ def test_several_keys_and_missing_ones() -> None:
     assert result["c"].tolist() == [0, 1, 0, 2, 0, 0, 0]
     with pytest.raises(KeyError, match="b"):
         SelectLabelsd(["a", "b"], [2])(data)
+
+
+def test_labels_that_only_one_image_has_do_not_count() -> None:
+    moving = torch.tensor([[[0, 1, 2, 2]]], dtype=torch.uint8)
+    fixed = MetaTensor(torch.tensor([[[1, 3, 2, 0]]], dtype=torch.uint8), meta={"label_ids": "1"})
+    result = CommonLabelsd()({"moving_label": moving, "fixed_label": fixed})
+    assert result["fixed_label"].tolist() == [[[1, 0, 2, 0]]]
+    assert isinstance(result["fixed_label"], MetaTensor) and result["fixed_label"].dtype == torch.uint8
+    assert result["moving_label"] is moving and fixed.tolist() == [[[1, 3, 2, 0]]]
+    # as MONAI's Dice then says: NaN for what either image lacks
+    dice = DiceMetric(num_classes=4, include_background=False)
+    assert torch.isnan(dice(moving[None], result["fixed_label"][None].as_tensor())).tolist() == [[False, False, True]]
+    # without a label map on the other side nothing is known
+    assert CommonLabelsd()({"fixed_label": fixed})["fixed_label"] is fixed
+    assert CommonLabelsd(allow_missing_keys=True)({}) == {}
+    with pytest.raises(KeyError):
+        CommonLabelsd()({})
+    with pytest.raises(ValueError, match="one reference key for each"):
+        CommonLabelsd(["a", "b"], "c")
+
+
+@pytest.mark.parametrize("values", [[-5, 0, 7], [0], [-(2**40), 3, 2**40], [2**31, 2**31 + 1], []], ids=str)
+def test_values_found(values: list[int]) -> None:
+    label = MetaTensor(torch.tensor([values * 3], dtype=torch.int64))
+    assert SelectLabelsd("a", [7])({"a": label})["a"].meta["label_ids"] == " ".join(map(str, sorted(values)))
