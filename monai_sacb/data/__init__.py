@@ -8,7 +8,7 @@ from .datalist import load_pairs, load_request, load_subjects
 from .disk_cache import DiskCacheDataset
 from .folders import describe_folder
 from .pair_dataset import PairDataset
-from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, subject_to_atlas
+from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, required_entries, subject_to_atlas
 from .pickle_reader import PickledVolumeReader, read_pickled_arrays
 from .sample import sample_dataset
 
@@ -26,6 +26,7 @@ __all__ = [
     "make_pairs",
     "read_pairs_csv",
     "read_pickled_arrays",
+    "required_entries",
     "sample_dataset",
     "subject_to_atlas",
 ]

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from monai_sacb.data.datalist import (
 )
 from monai_sacb.data.pickle_reader import PICKLE_SUFFIXES, read_pickled_arrays
 
-__all__ = ["atlas_to_subject", "make_pairs", "read_pairs_csv", "subject_to_atlas"]
+__all__ = ["atlas_to_subject", "make_pairs", "read_pairs_csv", "required_entries", "subject_to_atlas"]
 
 STRATEGIES = ("auto", "all", "listed", "atlas_to_subject", "subject_to_atlas")
 # lists of pairs in a dataset.json, by the section that they belong to; the first is one of Learn2Reg's
@@ -31,6 +33,24 @@ PAIR_LISTS = {
     "test": "registration_test",
 }
 CSV_COLUMNS = ("moving", "fixed", "moving_label", "fixed_label")
+
+
+def required_entries(**weights: float) -> list[str]:
+    """
+    Which entries of the subjects a training needs: those whose terms of the loss have a weight.
+
+    Args:
+        **weights: the weight of the term that needs an entry, by entry, such as ``label=1.0, points=0.0``.
+
+    Raises:
+        ValueError: When a weight is not a finite number of at least 0.
+    """
+    for entry, weight in weights.items():
+        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"the weight of the loss of {entry} must be a finite number of at least 0, got {weight!r}."
+            )
+    return [entry for entry, weight in weights.items() if weight > 0]
 
 
 def atlas_to_subject(num_subjects: int, atlas: int) -> list[tuple[int, int]]:
@@ -167,7 +187,8 @@ def make_pairs(
               ``registration_test``;
             - ``"atlas_to_subject"``: the atlas is moving, each of the other subjects fixed;
             - ``"subject_to_atlas"``: the other way round;
-            - the path of a CSV file, see :py:func:`read_pairs_csv`, whatever the section.
+            - the path of a CSV file, see :py:func:`read_pairs_csv`, whatever the section. Labels that it does not name
+              are those that the dataset lists for an image.
         atlas: path of the atlas, or its paths ``image`` and ``label``. Defaults to the subject under the key ``atlas``
             of ``dataset.json``, or to ``atlas.pkl`` in a folder of pickled subjects. It comes last in the subjects
             where it is not one of them.
@@ -192,7 +213,13 @@ def make_pairs(
             f"an atlas is used with the pairs 'atlas_to_subject' and 'subject_to_atlas', got '{strategy}'."
         )
     if table:
-        return read_pairs_csv(strategy)
+        request = read_pairs_csv(strategy)
+        if dataset_dir is not None:
+            # what the dataset knows of the subjects, such as their label maps
+            root, content = _read_json(dataset_dir)
+            known = {subject["image"]: subject for name in SUBJECT_LISTS for subject in _section(content, root, name)}
+            request["data"] = [known.get(subject["image"], {}) | subject for subject in request["data"]]
+        return request
     if dataset_dir is None:
         raise ValueError(f"the pairs '{strategy}' need a dataset_dir.")
     subjects = load_subjects(dataset_dir, section)

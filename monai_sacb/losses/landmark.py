@@ -31,14 +31,14 @@ class LandmarkLoss(nn.Module):
         super().__init__()
         self.spacing = check_spacing(spacing)
 
-    def forward(self, ddf: torch.Tensor, fixed_points: torch.Tensor, moving_points: torch.Tensor) -> torch.Tensor:
+    def forward(self, moving_points: torch.Tensor, fixed_points: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
         """
         Args:
+            moving_points: landmarks of the moving image, ``(B, N, d)``, in voxels: voxel centers are at whole numbers,
+                coordinate i is along array axis i.
+            fixed_points: their partners in the fixed image, of the same form. Rows with a NaN in either do not count.
             ddf: DDF ``(B, d, *spatial)``, in voxels of the fixed grid, pull-back: a point p of the fixed image goes to
                 ``p + ddf(p)``, linear between the voxels, outside as at the border.
-            fixed_points: landmarks of the fixed image, ``(B, N, d)``, in voxels: voxel centers are at whole numbers,
-                coordinate i is along array axis i.
-            moving_points: their partners in the moving image, of the same form. Rows with a NaN in either do not count.
 
         Returns:
             the mean distance, a scalar; 0 without landmarks.
@@ -55,8 +55,8 @@ class LandmarkLoss(nn.Module):
             or (len(fixed_points), fixed_points.shape[2]) != (len(ddf), dims)
         ):
             raise ValueError(
-                "ddf must be (B, d, *spatial) with d = 2 or 3, and both sets of points (B, N, d), got "
-                f"{list(ddf.shape)}, {list(fixed_points.shape)} and {list(moving_points.shape)}."
+                "both sets of points must be (B, N, d) and ddf (B, d, *spatial) with d = 2 or 3, got "
+                f"{list(moving_points.shape)}, {list(fixed_points.shape)} and {list(ddf.shape)}."
             )
         sizes = voxel_sizes(self.spacing, dims)
         if ddf.dtype != torch.float64:

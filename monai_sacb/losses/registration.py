@@ -39,7 +39,7 @@ class RegistrationLoss(nn.Module):
         num_labels: number of labels, which are the values 1 to ``num_labels``; needed for the label term.
         use_masks: compare the images only where both have been measured (see
             :py:class:`monai_sacb.transforms.FieldOfViewd`): for images that are cropped differently.
-        landmarks: ``(ddf, fixed points, moving points) -> loss``. Defaults to :py:class:`LandmarkLoss`, in voxels.
+        landmarks: ``(moving points, fixed points, ddf) -> loss``. Defaults to :py:class:`LandmarkLoss`, in voxels.
         landmark_weight: weight of the landmark term.
 
     Attributes:
@@ -127,7 +127,7 @@ class RegistrationLoss(nn.Module):
             if label is not None:
                 terms["label"] = label
         if self.weights["landmarks"] > 0 and "moving_landmarks" in target and "fixed_landmarks" in target:
-            terms["landmarks"] = self.landmarks(pred, target["fixed_landmarks"], target["moving_landmarks"])
+            terms["landmarks"] = self.landmarks(target["moving_landmarks"], target["fixed_landmarks"], pred)
         self.last_terms = {name: value.detach() for name, value in terms.items()}
         loss = self.weights["similarity"] * terms.pop("similarity")
         for name, value in terms.items():
@@ -143,17 +143,18 @@ class RegistrationLoss(nn.Module):
         if missing:
             raise ValueError(f"use_masks needs fields of view, but the batch has no {missing}.")
         # nearest and without gradient: nothing is gained by moving the edge of the mask
-        mask = target["fixed_field_of_view"] * warp(target["moving_field_of_view"], pred.detach(), mode="nearest")
+        moving, fixed_mask = (target[f"{role}_field_of_view"].to(warped.dtype) for role in ("moving", "fixed"))
+        mask = fixed_mask * warp(moving, pred.detach(), mode="nearest")
         return warped * mask, fixed * mask
 
     def _label_term(self, pred: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor | None:
         """The label term of those pairs of which both subjects have labels, if there are any."""
         if self.num_labels is None:
             raise ValueError(f"the label term needs num_labels of at least 1, got {self.num_labels}.")
-        if isinstance(self.label, WarpedLabelDiceLoss):
-            return self.label(moving, fixed, pred, self.num_labels)
         labelled = has_labels(moving) & has_labels(fixed)
         if not labelled.any():
             return None
+        if isinstance(self.label, WarpedLabelDiceLoss):
+            return self.label(moving, fixed, pred, self.num_labels)
         moving_maps, fixed_maps = (one_hot(label[labelled], self.num_labels + 1) for label in (moving, fixed))
         return self.label(warp(moving_maps, pred[labelled]), fixed_maps)

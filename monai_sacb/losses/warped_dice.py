@@ -125,27 +125,26 @@ class WarpedLabelDiceLoss(nn.Module):
     Dice loss of labels that are warped linearly, in time and memory that do not grow with their number.
 
     It equals MONAI's ``DiceLoss(include_background=False)`` of the warped one-hot map of the moving image and the
-    one-hot map of the fixed one, which it never makes. The mean is taken over labels and pairs. A label map that is -1
-    throughout stands for a subject without labels; its pairs do not count.
+    one-hot map of the fixed one, which it never makes. The mean is taken over labels and pairs; a label that neither
+    image has counts, as in MONAI's loss, as in perfect agreement (for equal constants). A label map that is -1
+    throughout stands for a subject without labels, as :py:func:`monai_sacb.data.collate_pairs` fills up a batch; its
+    pairs do not count.
 
     Args:
         smooth_nr: constant added to the numerator of the Dice, to avoid zero.
         smooth_dr: constant added to the denominator, to avoid NaN.
-        skip_absent: leave a label that neither image of a pair has out of the pair's mean, in which it counts
-            otherwise, as in MONAI's loss, as in perfect agreement (for equal constants).
 
     Raises:
         ValueError: When a constant is not positive.
     """
 
-    def __init__(self, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5, skip_absent: bool = False) -> None:
+    def __init__(self, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5) -> None:
         super().__init__()
         for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
         self.smooth_nr = smooth_nr
         self.smooth_dr = smooth_dr
-        self.skip_absent = skip_absent
 
     def forward(
         self, moving_label: torch.Tensor, fixed_label: torch.Tensor, ddf: torch.Tensor, num_labels: int
@@ -182,10 +181,6 @@ class WarpedLabelDiceLoss(nn.Module):
         overlap, volume = _Overlap.apply(field, moving_label, fixed_label, num_labels)
         fixed_volume = _volume(fixed_label, num_labels)
         dice = (2 * overlap + self.smooth_nr) / (volume + fixed_volume + self.smooth_dr)
-        counts = torch.ones_like(dice, dtype=torch.bool)
-        if self.skip_absent:
-            counts = (_volume(moving_label, num_labels) + fixed_volume) > 0
-        number = counts.sum(1)
-        means = ((1 - dice) * counts).sum(1) / number.clamp(min=1)
-        labelled = (number > 0) & has_labels(moving_label) & has_labels(fixed_label)
+        means = (1 - dice).mean(1)
+        labelled = has_labels(moving_label) & has_labels(fixed_label)
         return ((means * labelled).sum() / labelled.sum().clamp(min=1)).to(field.dtype)

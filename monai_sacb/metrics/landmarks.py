@@ -15,9 +15,9 @@ __all__ = ["LandmarkErrorMetric", "compute_tre"]
 
 
 def compute_tre(
-    ddf: torch.Tensor,
-    fixed_points: torch.Tensor,
     moving_points: torch.Tensor,
+    fixed_points: torch.Tensor,
+    ddf: torch.Tensor,
     spacing: Sequence[float],
     order: int = 1,
 ) -> torch.Tensor:
@@ -29,10 +29,10 @@ def compute_tre(
     splines, ``order=3``; at voxel centres all orders are the same.
 
     Args:
+        moving_points: ``(B, N, d)``, voxels of the moving grid. A row that has a NaN, as one has that fills up a
+            batch, has no error.
+        fixed_points: their partners ``(B, N, d)``, voxels of the fixed grid, likewise.
         ddf: ``(B, d, *spatial)`` in voxels, pull-back, channel i along array axis i.
-        fixed_points: ``(B, N, d)``, voxels of the fixed grid. A row that has a NaN, such as one that fills up a batch,
-            has no error.
-        moving_points: their partners ``(B, N, d)``, voxels of the moving grid, likewise.
         spacing: voxel size of the moving grid along each axis, in mm.
         order: of the splines that interpolate the field: 1 is linear, 3 cubic.
 

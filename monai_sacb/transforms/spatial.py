@@ -50,7 +50,7 @@ class FieldOfViewd(MapTransform):
 
     Args:
         keys: images ``(C, *spatial)``, before they are padded.
-        output_keys: where the masks ``(1, *spatial)`` of ones go, float32.
+        output_keys: where the masks ``(1, *spatial)`` of ones go, uint8.
         allow_missing_keys: whether a key may be absent.
 
     Raises:
@@ -66,7 +66,7 @@ class FieldOfViewd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key, output_key in self.key_iterator(data, self.output_keys):
-            ones = torch.ones_like(plain_tensor(data[key])[:1], dtype=torch.float32)
+            ones = torch.ones_like(plain_tensor(data[key])[:1], dtype=torch.uint8)
             result[output_key] = _like(ones, data[key])
         return result
 

@@ -138,7 +138,7 @@ def test_missing_dataset(workflow: Make, tmp_path: Path) -> None:
 
 
 def test_label_id_that_no_subject_has(workflow: Make) -> None:
-    flow = workflow("train", labels={"csf": 1, "tumour": 9})
+    flow = workflow("train", labels={"csf": 1, "tumour": 9}, label_weight=1.0)
     with pytest.raises(Exception) as caught:
         flow.run()
     assert "label ids [9] are configured, but none of the" in message_of(caught.value)

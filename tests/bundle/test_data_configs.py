@@ -56,7 +56,9 @@ def test_pairs_of_a_csv_file(workflow: Make, sample: Path, tmp_path: Path) -> No
     (tmp_path / "train.csv").write_text("moving,fixed\n" + ",".join(images[:2]) + "\n")
     flow = workflow("train", pairs=str(tmp_path / "train.csv"))
     train, validate = (flow.parser.get_parsed_content(f"{name}#request") for name in ("train", "validate"))
-    assert train == {"data": [{"image": image} for image in images[:2]], "pairs": [(0, 1)]}
+    assert train["pairs"] == [(0, 1)] and [subject["image"] for subject in train["data"]] == images[:2]
+    # the dataset knows the label maps of the two
+    assert [Path(subject["label"]).name for subject in train["data"]] == [Path(image).name for image in images[:2]]
     # validation is on the dataset's own subjects
     assert len(validate["data"]) == 2 and validate["pairs"] is None
 
@@ -71,7 +73,7 @@ def augmented(workflow: Make, **options: Any) -> Any:
 
 def test_augmentation_keeps_a_pair_together(workflow: Make) -> None:
     """Where both images are one and the same, they stay so, and so do labels; the label map follows the image."""
-    dataset = augmented(workflow, intensity_prob=0.0)
+    dataset = augmented(workflow, intensity_prob=0.0, label_weight=1.0, use_masks=True)
     dataset.pairs = [(0, 0)]
     plain = dataset.subjects[0]
     moved = 0

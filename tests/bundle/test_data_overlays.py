@@ -23,13 +23,31 @@ Make = Callable[..., ConfigWorkflow]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 SHAPE = (32, 36, 40)
-# overlay, numbers of its protocol: structures, smallest and largest label, weight of the smoothness
-PROTOCOLS = [
-    ("data_ixi", 30, 2, 63, 3.0),
-    ("data_lpba", 54, 21, 166, 1.0),
-    ("data_abdomen_ct", 13, 1, 13, 0.5),
-    ("data_oasis", 83, 1, 104, 1.0),
-    ("data_hippocampus", 2, 1, 2, 0.1),
+# the FreeSurfer ids in the files of IXI, of which publications score these positions
+IXI_FILE_IDS = (
+    *(0, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 24, 26, 28, 30, 31, 41, 42, 43, 44, 46, 47, 49, 50, 51),
+    *(52, 53, 54, 58, 60, 62, 63, 72, 77, 80, 85, 251, 252, 253, 254, 255),
+)
+IXI_SCORED = (1, 2, 3, 5, 6, *range(7, 17), 18, 20, 21, 22, 23, *range(25, 33), 34, 36)
+LPBA_IDS = (
+    *(*range(21, 35), *range(41, 51), *range(61, 69), *range(81, 93)),
+    *(101, 102, 121, 122, *range(161, 167)),
+)
+DKT31 = (2, 3, *range(5, 32), 34, 35)
+SUBCORTICAL = (4, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28, 43, 49, 50, 51, 52, 53, 54, 58, 60)
+# overlay, from its protocol: label ids, weights of the smoothness, who is registered to whom, size
+PROTOCOLS: list[tuple[str, list[int], dict[str, float], tuple[str, str], list[int]]] = [
+    ("data_ixi", [IXI_FILE_IDS[i] for i in IXI_SCORED], {"regularization": 3.0}, ("atlas_to_subject",) * 2, [-1] * 3),
+    ("data_lpba", list(LPBA_IDS), {"regularization": 1.0}, ("all", "auto"), [-1] * 3),
+    ("data_abdomen_ct", list(range(1, 14)), {"regularization": 0.5}, ("all", "all"), [-1] * 3),
+    (
+        "data_oasis",
+        [hemisphere + i for hemisphere in (1000, 2000) for i in DKT31] + list(SUBCORTICAL),
+        {"regularization": 1.0},
+        ("all", "auto"),
+        [-1] * 3,
+    ),
+    ("data_hippocampus", [1, 2], {"gradient": 0.1, "bending": 1.0}, ("all", "auto"), [48, 64, 48]),
 ]
 
 
@@ -77,20 +95,75 @@ def lpba(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("overlay", "number", "lowest", "highest", "weight"), PROTOCOLS)
-def test_protocols(overlay: str, number: int, lowest: int, highest: int, weight: float) -> None:
+def parsed(*overlays: str, **options: Any) -> ConfigParser:
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / "train.json"), str(CONFIGS / f"{overlay}.json")])
-    labels = parser.get_parsed_content("labels")
-    assert len(labels) == len(set(labels.values())) == number
-    assert min(labels.values()) == lowest and max(labels.values()) == highest
-    assert parser.get_parsed_content("loss").weights.get("regularization", weight) == weight
-    groups = parser.get_parsed_content("label_groups")
-    if overlay == "data_oasis":
-        assert {name: len(members) for name, members in groups.items()} == {"cortical": 62, "subcortical": 21}
-        assert all(name in labels for members in groups.values() for name in members)
-    else:
-        assert groups == {}
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in overlays])
+    for key, value in options.items():
+        parser[key] = value
+    return parser
+
+
+@pytest.mark.parametrize(("overlay", "ids", "weights", "pairs", "size"), PROTOCOLS)
+def test_protocols(
+    overlay: str, ids: list[int], weights: dict[str, float], pairs: tuple[str, str], size: list[int]
+) -> None:
+    parser = parsed("train", overlay)
+    assert parser.get_parsed_content("label_ids") == ids
+    assert len(set(parser.get_parsed_content("label_names"))) == len(ids)
+    found = parser.get_parsed_content("loss").weights
+    assert found == {"similarity": 1.0, "label": 0.0, "landmarks": 0.0, **weights}
+    assert (parser.get_parsed_content("pairs"), parser.get_parsed_content("val_pairs")) == pairs
+    assert parser.get_parsed_content("spatial_size") == size
+    if overlay != "data_oasis":
+        assert parser.get_parsed_content("label_groups") == {}
+
+
+def test_groups_and_numbering_of_oasis() -> None:
+    parser = parsed("train", "data_oasis")
+    by_name = parser.get_parsed_content("labels")
+    groups = {
+        name: {by_name[member] for member in members}
+        for name, members in parser.get_parsed_content("label_groups").items()
+    }
+    cortical = {hemisphere + i for hemisphere in (1000, 2000) for i in DKT31}
+    assert groups == {"cortical": cortical, "subcortical": set(SUBCORTICAL)}
+    # FreeSurfer's own names say which side and structure an id is
+    assert by_name["left_hippocampus"] == 17 and by_name["right_hippocampus"] == 53
+    assert by_name["left_precentral"] == 1024 and by_name["right_insula"] == 2035
+    renumbered = parsed("train", "data_oasis", renumbered=True).get_parsed_content("label_ids")
+    assert sorted(renumbered[:62]) == [i for i in range(39, 105) if i not in (68, 69, 101, 102)]
+    assert renumbered[62:] == [1, *range(5, 14), 15, 16, 18, *range(22, 30)]
+
+
+def test_intensities_of_brains() -> None:
+    """Of IXI as they are, between 0 and 1; of LPBA40, from the smallest to the largest value."""
+    image = torch.tensor([0.2, 0.4, 0.7]).view(1, 3, 1, 1)
+    for overlay, expected in (("data_ixi", [0.2, 0.4, 0.7]), ("data_lpba", [0.0, 0.4, 1.0])):
+        scaled = parsed("train", overlay).get_parsed_content("scale_intensity")({"image": image})["image"]
+        torch.testing.assert_close(torch.as_tensor(scaled).flatten(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("overlay", [name for name, *_ in PROTOCOLS])
+@pytest.mark.parametrize("more", [[], ["learn2reg"]], ids=["files", "learn2reg"])
+def test_every_overlay_registers(overlay: str, more: list[str], workflow: Make, sample: Path, tmp_path: Path) -> None:
+    """The sample's images stand in: only what the overlay says of images, size and network counts."""
+    network = workflow("train", overlay).parser.get_parsed_content("network")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    flow = workflow(
+        "inference",
+        overlay,
+        *more,
+        workflow_type="infer",
+        ckpt_path=str(tmp_path / "model.pt"),
+        dataset_dir=None,
+        moving_image=str(sample / "images" / "brain_00.nii.gz"),
+        fixed_image=str(sample / "images" / "brain_01.nii.gz"),
+    )
+    flow.run()
+    name = "submission/*.nii.gz" if more else "registered/*/displacement.nii.gz"
+    (written,) = (tmp_path / "output").glob(name)
+    field = np.asarray(nib.load(written).dataobj)
+    assert np.isfinite(field).all() and np.abs(field).max() > 0
 
 
 def test_intensities_of_ct() -> None:

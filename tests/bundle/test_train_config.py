@@ -275,7 +275,7 @@ def test_hippocampus_overlay(workflow: Make, label_weight: float, gradient: floa
     def note(engine: Engine) -> None:
         seen.append(dict(loss.weights))
 
-    for handler in flow.parser.get_parsed_content("train#handlers"):
+    for handler in flow.parser.get_parsed_content("loss_schedules"):
         if isinstance(handler, LossWeightSchedule):
             handler(SimpleNamespace(state=SimpleNamespace(iteration=2)))
             seen.append(dict(loss.weights))
@@ -291,11 +291,7 @@ def test_bending_grows_with_the_length_of_the_training(workflow: Make, max_epoch
     options = {"max_epochs": max_epochs, "batch_size": batch_size, "pairs_per_epoch": 20, "bending_weight": 0.4}
     flow = workflow("train", "data_hippocampus", regularization_weight=0.3, **options)
     assert flow.parser.get_parsed_content("loss").weights["gradient"] == 0.3
-    (schedule,) = (
-        handler
-        for handler in flow.parser.get_parsed_content("train#handlers")
-        if isinstance(handler, LossWeightSchedule)
-    )
+    (schedule,) = flow.parser.get_parsed_content("loss_schedules")
     total = max_epochs * {1: 20, 3: 7}[batch_size]
     weights = []
     for iteration in (1, total // 15, max(2, total * 8 // 15), max(2, total)):

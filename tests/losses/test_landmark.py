@@ -17,11 +17,11 @@ def make(batch: int, spatial: tuple[int, ...], number: int) -> tuple[torch.Tenso
     generator = np.random.default_rng(number)
     ddf = generator.normal(size=(batch, len(spatial), *spatial))
     fixed, moving = (generator.uniform(-2, 8, (batch, number, len(spatial))) for _ in range(2))
-    return torch.from_numpy(ddf), torch.from_numpy(fixed), torch.from_numpy(moving)
+    return torch.from_numpy(moving), torch.from_numpy(fixed), torch.from_numpy(ddf)
 
 
 def by_definition(
-    ddf: torch.Tensor, fixed: torch.Tensor, moving: torch.Tensor, sizes: tuple[float, ...]
+    moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, sizes: tuple[float, ...]
 ) -> list[list[float]]:
     """The distances of every pair, by SciPy."""
     result = []
@@ -57,27 +57,27 @@ def test_voxel_centers_are_at_whole_numbers() -> None:
     ddf = torch.zeros(1, 2, 5, 5)
     ddf[0, :, 3, 1] = torch.tensor([3.0, -4.0])
     points = torch.tensor([[[3.0, 1.0]]])
-    assert LandmarkLoss()(ddf, points, points).item() == pytest.approx(5.0)
-    assert LandmarkLoss()(ddf, points, points + torch.tensor([3.0, -4.0])).item() == pytest.approx(0.0, abs=1e-5)
-    assert LandmarkLoss(0.5)(ddf, points, points).item() == pytest.approx(2.5)
+    assert LandmarkLoss()(points, points, ddf).item() == pytest.approx(5.0)
+    assert LandmarkLoss()(points + torch.tensor([3.0, -4.0]), points, ddf).item() == pytest.approx(0.0, abs=1e-5)
+    assert LandmarkLoss(0.5)(points, points, ddf).item() == pytest.approx(2.5)
 
 
 def test_rows_of_nan_do_not_count() -> None:
-    ddf, fixed, moving = make(3, (6, 7, 5), 8)
+    moving, fixed, ddf = make(3, (6, 7, 5), 8)
     fixed[0, 5:], moving[1, 2], fixed[2, 1, 0], moving[2, 6, 2] = NAN, NAN, NAN, NAN
-    distances = by_definition(ddf, fixed, moving, (1, 1, 1))
+    distances = by_definition(moving, fixed, ddf, (1, 1, 1))
     assert [len(d) for d in distances] == [5, 7, 6]
-    value = LandmarkLoss()(ddf.requires_grad_(), fixed, moving)
+    value = LandmarkLoss()(moving, fixed, ddf.requires_grad_())
     assert value.item() == pytest.approx(np.mean([np.mean(d) for d in distances]), rel=1e-6)
     # a pair without any
     fixed[1] = NAN
-    value = LandmarkLoss()(ddf, fixed, moving)
+    value = LandmarkLoss()(moving, fixed, ddf)
     assert value.item() == pytest.approx(np.mean([np.mean(d) for d in distances[::2]]), rel=1e-6)
     value.backward()
     assert torch.isfinite(ddf.grad).all() and (ddf.grad[1] == 0).all() and ddf.grad[0].abs().max() > 0
-    value = LandmarkLoss()(ddf, torch.full_like(fixed, NAN), moving)
+    value = LandmarkLoss()(moving, torch.full_like(fixed, NAN), ddf)
     assert value.item() == 0 and value.requires_grad
-    assert LandmarkLoss()(ddf, fixed[:, :0], moving[:, :0]).item() == 0
+    assert LandmarkLoss()(moving[:, :0], fixed[:, :0], ddf).item() == 0
 
 
 def test_batch_equals_mean_of_one_by_one() -> None:
@@ -88,24 +88,24 @@ def test_batch_equals_mean_of_one_by_one() -> None:
 
 @pytest.mark.parametrize("spatial", [(5, 6), (4, 5, 3)])
 def test_gradcheck(spatial: tuple[int, ...]) -> None:
-    ddf, fixed, moving = make(2, spatial, 3)
+    moving, fixed, ddf = make(2, spatial, 3)
     fixed[1, 2] = NAN
-    assert torch.autograd.gradcheck(lambda u: LandmarkLoss(2.0)(u, fixed, moving), (ddf.requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda u: LandmarkLoss(2.0)(moving, fixed, u), (ddf.requires_grad_(),))
 
 
 def test_points_that_fit_have_a_finite_gradient() -> None:
     points = torch.ones(1, 2, 2)
     ddf = torch.zeros(1, 2, 4, 4, requires_grad=True)
-    LandmarkLoss()(ddf, points, points).backward()
+    LandmarkLoss()(points, points, ddf).backward()
     assert torch.isfinite(ddf.grad).all()
 
 
 def test_descent_carries_the_points() -> None:
-    _, fixed, moving = (t.float() for t in make(1, (6, 7), 3))
+    moving, fixed, _ = (t.float() for t in make(1, (6, 7), 3))
     ddf = torch.zeros(1, 2, 6, 7, requires_grad=True)
     optimizer, values = torch.optim.Adam([ddf], 0.2), []
     for _ in range(60):
-        loss = LandmarkLoss()(ddf, fixed, moving)
+        loss = LandmarkLoss()(moving, fixed, ddf)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,8 +124,8 @@ def test_descent_carries_the_points() -> None:
     ],
 )
 def test_ill_shapes(ddf: tuple[int, ...], fixed: tuple[int, ...], moving: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"both sets of points \(B, N, d\), got"):
-        LandmarkLoss()(torch.zeros(ddf), torch.zeros(fixed), torch.zeros(moving))
+    with pytest.raises(ValueError, match=r"both sets of points must be \(B, N, d\) and ddf .*, got"):
+        LandmarkLoss()(torch.zeros(moving), torch.zeros(fixed), torch.zeros(ddf))
 
 
 @pytest.mark.parametrize("spacing", [0.0, (1.0, -1.0), "mm"])
@@ -136,4 +136,4 @@ def test_ill_spacing(spacing: object) -> None:
 
 def test_spacing_of_another_dimension() -> None:
     with pytest.raises(ValueError, match="each of the 2 axes"):
-        LandmarkLoss((1, 1, 1))(torch.zeros(1, 2, 4, 4), torch.zeros(1, 5, 2), torch.zeros(1, 5, 2))
+        LandmarkLoss((1, 1, 1))(torch.zeros(1, 5, 2), torch.zeros(1, 5, 2), torch.zeros(1, 2, 4, 4))

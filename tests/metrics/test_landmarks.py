@@ -44,7 +44,7 @@ def landmarks(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> lis
 @pytest.mark.parametrize(("shape", "spacing", "dtype"), TEST_CASES)
 def test_linear_interpolation(shape: tuple[int, ...], spacing: tuple[float, ...], dtype: torch.dtype) -> None:
     ddf, fixed, moving = landmarks(shape, dtype)
-    errors = compute_tre(ddf, fixed, moving, spacing)
+    errors = compute_tre(moving, fixed, ddf, spacing)
     assert errors.shape == fixed.shape[:2] and errors.dtype == torch.float64
     axes = [np.arange(size) for size in shape[2:]]
     for i in range(shape[0]):
@@ -62,9 +62,9 @@ def test_linear_field_has_no_half_voxel() -> None:
     ddf = np.einsum("ij,jxyz->ixyz", matrix - np.eye(3), grid) + shift.reshape(3, 1, 1, 1)
     fixed = np.random.RandomState(0).uniform(size=(1, 20, 3)) * np.array([5, 6, 7])
     moving = fixed @ matrix.T + shift
-    tensors = [torch.from_numpy(x) for x in (ddf[None], fixed, moving)]
+    tensors = [torch.from_numpy(x) for x in (moving, fixed, ddf[None])]
     assert compute_tre(*tensors, (1.0, 2.0, 3.0)).max() < 1e-12
-    tensors[2] = tensors[2] + torch.tensor([3.0, -2.0, 0.0])
+    tensors[0] = tensors[0] + torch.tensor([3.0, -2.0, 0.0])
     torch.testing.assert_close(compute_tre(*tensors, (1.0, 2.0, 3.0)), torch.full((1, 20), 5.0, dtype=torch.float64))
 
 
@@ -74,24 +74,24 @@ def test_outside_the_grid(order: int) -> None:
     outside = torch.tensor([[[-3.0, 2.0], [1.0, 99.0], [40.0, 40.0]]], dtype=torch.float64)
     border = torch.tensor([[0, 2], [1, 6], [4, 6]])
     expected = torch.stack([ddf[0, :, i, j].norm() for i, j in border.tolist()])[None]
-    torch.testing.assert_close(compute_tre(ddf, outside, outside, (1, 1), order), expected)
+    torch.testing.assert_close(compute_tre(outside, outside, ddf, (1, 1), order), expected)
 
 
 def test_unknown_landmarks() -> None:
     ddf, fixed, moving = landmarks((2, 3, 4, 5, 6))
-    expected = compute_tre(ddf, fixed, moving, (1, 1, 1))
+    expected = compute_tre(moving, fixed, ddf, (1, 1, 1))
     fixed[0, 2, 1] = float("nan")
     moving[1, 4:] = float("nan")
     expected[0, 2] = expected[1, 4:] = float("nan")
-    torch.testing.assert_close(compute_tre(ddf, fixed, moving, (1, 1, 1)), expected, equal_nan=True)
-    assert compute_tre(ddf, fixed[:, :0], moving[:, :0], (1, 1, 1)).shape == (2, 0)
-    assert compute_tre(torch.full_like(ddf, float("nan")), fixed, moving, (1, 1, 1)).isnan().all()
+    torch.testing.assert_close(compute_tre(moving, fixed, ddf, (1, 1, 1)), expected, equal_nan=True)
+    assert compute_tre(moving[:, :0], fixed[:, :0], ddf, (1, 1, 1)).shape == (2, 0)
+    assert compute_tre(moving, fixed, torch.full_like(ddf, float("nan")), (1, 1, 1)).isnan().all()
 
 
 @pytest.mark.parametrize(("ddf", "fixed", "moving", "arguments", "message"), ILL_CASES)
 def test_ill_arguments(ddf: tuple, fixed: tuple, moving: tuple, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compute_tre(*(torch.zeros(shape) for shape in (ddf, fixed, moving)), **{"spacing": (1, 1), **arguments})
+        compute_tre(*(torch.zeros(shape) for shape in (moving, fixed, ddf)), **{"spacing": (1, 1), **arguments})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -165,10 +165,10 @@ def test_jacobian(number: int, recorded: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("number", CASES)
 def test_landmarks(number: int, recorded: dict[str, np.ndarray]) -> None:
     case, ddf, _ = case_and_tensors(number, recorded)
-    points = (torch.from_numpy(case.fixed_points)[None], torch.from_numpy(case.moving_points)[None])
-    cubic = compute_tre(ddf, *points, case.spacing, order=3)[0]
+    points = (torch.from_numpy(case.moving_points)[None], torch.from_numpy(case.fixed_points)[None])
+    cubic = compute_tre(*points, ddf, case.spacing, order=3)[0]
     np.testing.assert_allclose(cubic, recorded["tre"][number], **EXACT)
-    linear = compute_tre(ddf, *points, case.spacing)[0]
+    linear = compute_tre(*points, ddf, case.spacing)[0]
     # the first ten lie on voxel centres
     np.testing.assert_allclose(linear[:10], recorded["tre"][number][:10], **EXACT)
     assert (linear[10:] - cubic[10:]).abs().min() > 0

@@ -104,7 +104,7 @@ def test_mask_is_one_where_the_image_is(shape: tuple[int, ...], dtype: torch.dty
     assert result.keys() == {"image", "other", "field_of_view"}
     assert result["image"] is measured and not measured.any()
     mask = result["field_of_view"]
-    assert mask.dtype == torch.float32 and tuple(mask.shape) == (1, *shape[1:])
+    assert mask.dtype == torch.uint8 and tuple(mask.shape) == (1, *shape[1:])
     assert (mask == 1).all()
     assert torch.equal(mask.affine, affine)
 
@@ -119,7 +119,7 @@ def test_mask_is_padded_along() -> None:
         assert tuple(padded[f"{role}_field_of_view"].shape) == (1, 7, 9, 6)
         # the images have no voxel that is 0
         assert torch.equal(
-            padded[f"{role}_field_of_view"].as_tensor(), (padded[f"{role}_image"].as_tensor() != 0).to(torch.float32)
+            padded[f"{role}_field_of_view"].as_tensor(), (padded[f"{role}_image"].as_tensor() != 0).to(torch.uint8)
         )
         assert torch.equal(padded[f"{role}_field_of_view"].affine, padded[f"{role}_image"].affine)
 
