@@ -248,7 +248,8 @@ class PickledVolumeReader(ImageReader):
 
         Raises:
             FileNotFoundError: When there is no such file.
-            ValueError: When the file is refused, has no such item, or there are several files.
+            ValueError: When the file is refused, has no such item, or more arrays than an image and its label map where
+                those are asked for by name, its numbers are complex, or there are several files.
         """
         paths = ensure_tuple(data)
         if len(paths) != 1:
@@ -256,7 +257,14 @@ class PickledVolumeReader(ImageReader):
         arrays = read_pickled_arrays(paths[0])
         if self.index >= len(arrays):
             raise ValueError(f"'{paths[0]}' has no item {self.item!r}, it holds {len(arrays)} array(s).")
+        if isinstance(self.item, str) and len(arrays) > len(ITEMS):
+            # a pair of images with their label maps, say: the second array would not be a label map
+            raise ValueError(
+                f"'{paths[0]}' must hold an image and perhaps its label map, it holds {len(arrays)} arrays."
+            )
         array = arrays[self.index]
+        if array.dtype.kind == "c":
+            raise ValueError(f"'{paths[0]}' holds complex numbers.")
         return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
     def get_data(self, img: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:

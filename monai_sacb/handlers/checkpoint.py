@@ -78,17 +78,25 @@ class LoadWeights:
     Args:
         path: file with the state dict.
         network: the network.
+        not_path: a file that this must not be, since it will be written to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], network: nn.Module) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], network: nn.Module, not_path: str | os.PathLike[str] | None = None
+    ) -> None:
         self.path = path
         self.network = network
+        self.not_path = not_path
 
     def attach(self, engine: Workflow) -> None:
         """Load when the engine starts."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Workflow | None = None) -> None:
+        if self.not_path is not None and os.path.realpath(self.path) == os.path.realpath(self.not_path):
+            raise ValueError(
+                f"'{self.path}' would be overwritten by the training that starts from it; use another folder."
+            )
         load_weights(self.network, self.path)
         logging.getLogger(__name__).info(f"Loaded weights from '{self.path}'.")
 

@@ -177,6 +177,11 @@ class RegistrationTable:
         columns = self._columns(tables)
         pairs = [(row["moving"], row["fixed"]) for row in rows]
         summary = self._summary(columns, tables, pairs)
+        first = next((name for name in self.structure_metrics if name in tables), None)
+        if first is not None:
+            absent = [label for label in self.label_names if math.isnan(summary[f"{first}/{label}"])]
+            if absent:
+                self.logger.warning(f"No pair has {', '.join(absent)} in both images: wrong label ids?")
         self.logger.info("\n" + self._text(summary, tables, len(rows)))
         self._write_csv("pairs.csv", ["moving", "fixed", *columns], zip(*zip(*pairs), *columns.values()))
         self._write_structures(columns, tables)

@@ -73,6 +73,11 @@ class CheckVolumed(MapTransform):
                     raise ValueError(
                         f"{image_name(key, image)} has an affine that cannot be inverted: {affine.tolist()}."
                     )
+                if self.spatial_dims == 2 and float(torch.linalg.det(affine[:2, :2])) == 0:
+                    raise ValueError(
+                        f"{image_name(key, image)} is a slice that is not axial by its affine {affine.tolist()}; 2-D "
+                        "images are turned within the axial plane only."
+                    )
             bad = int((~torch.isfinite(torch.as_tensor(image))).sum())
             if bad:
                 raise ValueError(f"{image_name(key, image)} has {bad} NaN or infinite voxels.")

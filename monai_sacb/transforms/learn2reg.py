@@ -127,11 +127,16 @@ def load_learn2reg_field(path: str | os.PathLike[str]) -> torch.Tensor:
             with np.load(path, allow_pickle=False) as arrays:
                 if len(arrays.files) != 1:
                     raise ValueError(f"it holds {len(arrays.files)} arrays instead of one")
-                array = arrays[arrays.files[0]].astype(np.float32)
+                array = arrays[arrays.files[0]]
         else:
-            array = np.asarray(nib.load(path).dataobj, dtype=np.float32)
-        if array.ndim != 4 or 3 not in (array.shape[0], array.shape[-1]):
-            raise ValueError(f"its shape {array.shape} is neither (D, H, W, 3) nor (3, D/2, H/2, W/2)")
+            array = np.asarray(nib.load(path).dataobj)
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"its values are of type {array.dtype}")
+        array = array.astype(np.float32)
+        # fields of half resolution are in .npz files only
+        places = (array.shape[0], array.shape[-1]) if path.name.endswith(".npz") else (array.shape[-1],)
+        if array.ndim != 4 or 3 not in places:
+            raise ValueError(f"its shape {array.shape} is neither (D, H, W, 3) nor, in .npz, (3, D/2, H/2, W/2)")
         bad = int((~np.isfinite(array)).sum())
         if bad:
             raise ValueError(f"it has {bad} NaN or infinite values")

@@ -24,20 +24,22 @@ def save_displacement(displacement: torch.Tensor, affine: torch.Tensor, path: st
     Write a displacement field as the NIfTI vector image that ITK, ANTs and 3D Slicer take for a transform.
 
     Args:
-        displacement: ``(3, D, H, W)``, LPS millimetres, from each voxel of the fixed grid to its partner's place.
+        displacement: ``(3, *spatial)``, 2-D or 3-D, LPS millimetres, from each voxel of the fixed grid to its partner's
+            place. That of a slice is written as a volume of one slice.
         affine: ``(4, 4)``, voxels of the fixed grid to RAS millimetres.
         path: the file, ``.nii`` or ``.nii.gz``; written to a temporary name and renamed.
 
     Raises:
-        ValueError: When the shape is not that of a 3-D field, or values are not finite.
+        ValueError: When the shape is not that of a field, or values are not finite.
     """
-    if displacement.dim() != 4 or displacement.shape[0] != 3:
-        raise ValueError(f"displacement must have shape (3, D, H, W), got {list(displacement.shape)}.")
+    if displacement.dim() not in (3, 4) or displacement.shape[0] != 3:
+        raise ValueError(f"displacement must have shape (3, *spatial), 2-D or 3-D, got {list(displacement.shape)}.")
     bad = int((~torch.isfinite(displacement)).sum())
     if bad:
         raise ValueError(f"displacement must be finite, got {bad} NaN or infinite values.")
     # NIfTI keeps the components of a vector in the fifth axis
-    vectors = np.moveaxis(displacement.detach().cpu().numpy().astype(np.float32), 0, -1)[:, :, :, None, :]
+    array = displacement.detach().cpu().numpy().astype(np.float32)
+    vectors = np.moveaxis(array.reshape(*array.shape, *[1] * (5 - array.ndim)), 0, -1)
     image = nib.Nifti1Image(vectors, np.asarray(affine))
     image.header.set_intent("vector")
     with replacing(path) as temporary:
@@ -46,7 +48,9 @@ def save_displacement(displacement: torch.Tensor, affine: torch.Tensor, path: st
 
 def _save_image(array: np.ndarray, affine: torch.Tensor, path: Path) -> None:
     # one channel is written as a plain volume, several as the fourth axis
-    array = array[0] if array.shape[0] == 1 else np.moveaxis(array, 0, -1)
+    array = (
+        array[0] if array.shape[0] == 1 else np.moveaxis(array.reshape(*array.shape, *[1] * (4 - array.ndim)), 0, -1)
+    )
     with replacing(path) as temporary:
         nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary)
 
@@ -60,9 +64,9 @@ class SaveRegistrationd(Transform):
 
     Args:
         output_dir: folder of the folders.
-        image_key: warped image, ``(C, D, H, W)``.
-        label_key: warped label map, ``(1, D, H, W)``.
-        displacement_key: displacement ``(3, D, H, W)`` in LPS millimetres.
+        image_key: warped image, ``(C, *spatial)``.
+        label_key: warped label map, ``(1, *spatial)``.
+        displacement_key: displacement ``(3, *spatial)`` in LPS millimetres.
         moving_key, fixed_key: the two images, whose files give the folder its name where the pair has no
             ``moving_subject`` and ``fixed_subject``.
         label_ids: values to write for the labels 1, 2, ..., where ``SelectLabelsd`` has numbered them anew.

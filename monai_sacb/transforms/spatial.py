@@ -218,24 +218,29 @@ def ddf_to_displacement(ddf: torch.Tensor, fixed_affine: torch.Tensor, moving_af
     image's grid, and each place is where its own image's affine says.
 
     Args:
-        ddf: ``(3, D, H, W)`` in voxels, pull-back, channel i along array axis i.
+        ddf: ``(d, *spatial)`` in voxels, 2-D or 3-D, pull-back, channel i along array axis i.
         fixed_affine: ``(4, 4)``, voxels of the fixed grid to RAS millimetres.
         moving_affine: ``(4, 4)``, voxels of the moving grid to RAS millimetres.
 
     Returns:
-        ``(3, D, H, W)``, for every voxel of the fixed grid the vector from its place to its partner's in the moving
-        image, LPS millimetres, float32.
+        ``(3, *spatial)``, for every voxel of the fixed grid the vector from its place to its partner's in the moving
+        image, LPS millimetres, float32. A slice, too, lies in space.
 
     Raises:
-        ValueError: When the field is not 3-D.
+        ValueError: When the shape is not that of a field, or an affine not ``(4, 4)``.
     """
-    if ddf.dim() != 4 or ddf.shape[0] != 3:
-        raise ValueError(f"ddf must have shape (3, D, H, W), got {list(ddf.shape)}.")
+    dims = ddf.dim() - 1
+    if dims not in (2, 3) or ddf.shape[0] != dims:
+        raise ValueError(f"ddf must have shape (d, *spatial) with d = 2 or 3, got {list(ddf.shape)}.")
+    for name, affine in (("fixed_affine", fixed_affine), ("moving_affine", moving_affine)):
+        if tuple(affine.shape) != (4, 4):
+            raise ValueError(f"{name} must have shape (4, 4), got {list(affine.shape)}.")
     voxels = reference_grid(list(ddf.shape[1:]), ddf.device).double()
     fixed, moving = (torch.as_tensor(a, dtype=torch.float64, device=ddf.device) for a in (fixed_affine, moving_affine))
-    partner = torch.einsum("ij,jdhw->idhw", moving[:3, :3], voxels + ddf) + moving[:3, 3].view(3, 1, 1, 1)
-    place = torch.einsum("ij,jdhw->idhw", fixed[:3, :3], voxels) + fixed[:3, 3].view(3, 1, 1, 1)
-    lps = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64, device=ddf.device).view(3, 1, 1, 1)
+    column = (3, *[1] * dims)
+    partner = torch.einsum("ij,j...->i...", moving[:3, :dims], voxels + ddf) + moving[:3, 3].view(column)
+    place = torch.einsum("ij,j...->i...", fixed[:3, :dims], voxels) + fixed[:3, 3].view(column)
+    lps = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64, device=ddf.device).view(column)
     return (lps * (partner - place)).float()
 
 
@@ -244,7 +249,7 @@ class DDFToDisplacementd(Transform):
     Dictionary wrapper of :py:func:`ddf_to_displacement`.
 
     Args:
-        ddf_key: the field in voxels, ``(3, D, H, W)``.
+        ddf_key: the field in voxels, ``(d, *spatial)``.
         fixed_key, moving_key: the two images, with their affines, on the grid of the field.
         output_key: where the displacement in LPS millimetres goes; it takes the geometry of the fixed image.
     """

@@ -267,6 +267,17 @@ def test_interrupted_evaluation_goes_on(workflow: Make, lpba: Path, tmp_path: Pa
     assert evaluate("parts", resume=True) == whole and whole["pairs"] == 2
 
 
+def test_fine_tuning_keeps_the_given_weights(workflow: Make, tmp_path: Path) -> None:
+    weights = tmp_path / "output" / "model.pt"
+    weights.parent.mkdir()
+    torch.save(workflow("train").parser.get_parsed_content("network").state_dict(), weights)
+    before = weights.read_bytes()
+    with pytest.raises(RuntimeError) as caught:
+        workflow("train", "finetune", init_path=str(tmp_path / "output" / ".." / "output" / "model.pt")).run()
+    assert "would be overwritten by the training that starts from it" in str(caught.value.__cause__)
+    assert weights.read_bytes() == before
+
+
 def test_fine_tuning_starts_from_the_given_weights(workflow: Make, tmp_path: Path) -> None:
     torch.manual_seed(5)
     flow = workflow("train")

@@ -248,7 +248,8 @@ def test_memory_of_a_bomb(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("item", "index"), [("image", 0), ("label", 1), (0, 0), (1, 1), (2, 2)])
 @pytest.mark.parametrize("shape", [(3, 4, 5), (6, 7)])
 def test_reader(tmp_path: Path, item: str | int, index: int, shape: tuple[int, ...]) -> None:
-    content = (*volumes("f", "F", shape), np.ones(shape, np.uint8))
+    # by name, of an image and its label map; by index, of whatever there is
+    content = (*volumes("f", "F", shape), np.ones(shape, np.uint8))[: 2 if isinstance(item, str) else 3]
     reader = PickledVolumeReader(item)
     array, meta = reader.get_data(reader.read([write(tmp_path / "a.pkl", content)]))
     np.testing.assert_array_equal(array, content[index])
@@ -256,6 +257,18 @@ def test_reader(tmp_path: Path, item: str | int, index: int, shape: tuple[int, .
     np.testing.assert_array_equal(meta["affine"], np.eye(4))
     np.testing.assert_array_equal(meta["original_affine"], np.eye(4))
     assert list(meta["spatial_shape"]) == list(shape) and meta["space"] == "RAS"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((*volumes(), *volumes()), r"must hold an image and perhaps its label map, (got|it holds) 4 arrays"),
+        ((np.ones((3, 4), np.complex64),), r"holds complex numbers"),
+    ],
+)
+def test_what_the_reader_refuses(tmp_path: Path, content: tuple[np.ndarray, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PickledVolumeReader("image").read(write(tmp_path / "a.pkl", content))
 
 
 def test_reader_with_affine(tmp_path: Path) -> None:

@@ -513,13 +513,14 @@ def test_large_grids_in_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ddf_to_displacement(ddf, affine, affine), exact, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 4, 5), (2, 4, 5, 6), (1, 3, 4, 5, 6), (4, 4, 5, 6), (3, 4, 5), (4, 5, 6)], ids=str
-)
-def test_fields_that_are_not_3d_are_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 5, 6), (1, 3, 4, 5, 6), (4, 4, 5, 6), (3, 4, 5), (4, 5, 6)], ids=str)
+def test_what_is_no_field_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as caught:
         ddf_to_displacement(torch.zeros(shape), torch.eye(4), torch.eye(4))
     assert str(list(shape)) in str(caught.value)
+    for affines in ((torch.eye(3), torch.eye(4)), (torch.eye(4), torch.eye(3))):
+        with pytest.raises(ValueError, match=r"_affine must have shape \(4, 4\), got \[3, 3\]"):
+            ddf_to_displacement(torch.zeros(2, 4, 5), *affines)
 
 
 def test_displacement_in_a_dictionary() -> None:
