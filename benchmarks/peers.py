@@ -47,11 +47,16 @@ from monai_sacb.utils import pair_names, plain_tensor  # noqa: E402
 MAX_WARP_DIFFERENCE = 0.01
 
 
-def read_pairs(dataset: str, dataset_dir: str, output_dir: str) -> tuple[PairDataset, dict[str, list[int]]]:
+def read_pairs(
+    dataset: str, dataset_dir: str, output_dir: str, settings: Sequence[str]
+) -> tuple[PairDataset, dict[str, list[int]]]:
     """The pairs of the bundle's evaluation, and the labels (positions) of each group that has a mean of its own."""
     parser = ConfigParser()
     parser.read_config([str(path) for path in config_files(dataset)])
     parser["dataset_dir"], parser["output_dir"] = dataset_dir, output_dir
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        parser[name] = value
     pairs = parser.get_parsed_content("validate#dataset")
     names = parser.get_parsed_content("label_names")
     chosen = (parser.get_parsed_content("label_groups") if "label_groups" in parser else None) or {}
@@ -163,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Registration tools and networks on the same pairs.")
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--dataset", required=True, help="the overlay bundle/configs/data_<dataset>.json")
+    parser.add_argument("--set", nargs="*", default=[], help="entries of the overlay: name=value")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=["identity"])
     parser.add_argument("--weights", nargs="*", default=[], help="name=file or name=file,overlay")
     parser.add_argument("--refine", type=int, default=0)
@@ -173,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    pairs, groups = read_pairs(options.dataset, options.dataset_dir, options.output_dir)
+    pairs, groups = read_pairs(options.dataset, options.dataset_dir, options.output_dir, options.set)
     number = len(pairs) if options.limit is None else min(options.limit, len(pairs))
     methods = chosen_methods(options)
     header, path = columns(groups), output / "peers.csv"

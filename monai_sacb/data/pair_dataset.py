@@ -82,8 +82,8 @@ class PairDataset(Dataset):
     ) -> None:
         if isinstance(data, Dataset) and (transform is not None or cache_dir is not None):
             raise ValueError("transform and cache_dir belong to the dataset of subjects when data is a dataset.")
-        if not 0 <= cache_rate <= 1:
-            raise ValueError(f"cache_rate must be between 0 and 1, got {cache_rate}.")
+        if not isinstance(cache_rate, (int, float)) or not 0 <= cache_rate <= 1:
+            raise ValueError(f"cache_rate must be between 0 and 1, got {cache_rate!r}.")
         self.data = data
         num_subjects = self.num_subjects
         if num_subjects == 0:

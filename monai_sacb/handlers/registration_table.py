@@ -63,7 +63,8 @@ class RegistrationTable:
         journal: keeps the rows of an evaluation that may be stopped and resumed.
 
     Raises:
-        ValueError: When a group names an unknown structure, or two of structures, groups and ``mean`` have one name.
+        ValueError: When a group names an unknown structure, or two of structures, groups and ``mean`` have one name,
+            or the number of resamples is none.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class RegistrationTable:
             unknown = [member for member in members if member not in self.label_names]
             if unknown or not members:
                 raise ValueError(f"group '{name}' must name some of the structures, got {unknown or members}.")
+        if not isinstance(num_resamples, int) or num_resamples < 0:
+            raise ValueError(f"num_resamples must be a whole number of at least 0, got {num_resamples!r}.")
         self.structure_metrics = list(structure_metrics)
         self.others = list(others)
         self.dice = list(dice)

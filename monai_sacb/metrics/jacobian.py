@@ -190,15 +190,23 @@ class SDLogJMetric(PairwiseMetric):
     :py:func:`compute_sdlogj` as a MONAI metric. A mask of the voxels that count may be given as y.
 
     Args:
-        border: number of voxels at each side that do not count.
+        border: number of voxels at each side that do not count. The value of a field that has no others is NaN.
         reduction: how the values of the pairs are reduced, as in MONAI's metrics.
+
+    Raises:
+        ValueError: When the border is negative.
     """
 
     def __init__(self, border: int = 2, reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
         super().__init__(reduction)
+        if border < 0:
+            raise ValueError(f"border must be at least 0, got {border}.")
         self.border = border
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        if min(y_pred.shape[2:]) <= 2 * self.border:
+            # a thin volume must not end an evaluation
+            return torch.full((len(y_pred), 1), torch.nan)
         return compute_sdlogj(plain_tensor(y_pred), None if y is None else plain_tensor(y), self.border)
 
 

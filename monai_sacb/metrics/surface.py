@@ -296,8 +296,8 @@ class LabelSurfaceDiceMetric(_LabelSurfaceMetric):
         reduction: MetricReduction | str = MetricReduction.MEAN,
     ) -> None:
         super().__init__(num_labels, spacing, reduction)
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance must be at least 0 mm and finite, got {tolerance}.")
+        if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be at least 0 mm and finite, got {tolerance!r}.")
         self.tolerance = tolerance
 
     def _compute_pair(self, pred: torch.Tensor, fixed: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:

@@ -26,6 +26,7 @@ from monai_sacb.data import (
     load_subjects,
     make_pairs,
     read_pairs_csv,
+    required_entries,
     subject_to_atlas,
 )
 from monai_sacb.transforms import LoadVolumed
@@ -350,3 +351,11 @@ def test_random_pairs_of_many_subjects() -> None:
     assert first == second
     assert first[0] != first[1] != first[2]
     assert all(len(set(epoch)) == 500 and max(epoch) > 80000 for epoch in first)
+
+
+def test_entries_that_a_training_needs() -> None:
+    assert required_entries(label=1, points=0.0) == ["label"]
+    assert required_entries(label=0.5, points=2.0) == ["label", "points"]
+    for weight in ("abc", -1, float("nan"), float("inf"), None):
+        with pytest.raises(ValueError, match=rf"the loss of label must be .* got {weight!r}"):
+            required_entries(label=weight)  # type: ignore[arg-type]

@@ -430,3 +430,18 @@ def test_no_journal(tmp_path: Path, content: str) -> None:
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"pairs\.jsonl' is not the journal of an evaluation"):
         PairJournal(tmp_path / "pairs.jsonl", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_names": ["a", "mean"]}, "got 'mean' twice"),
+        ({"label_names": ["a", "a"]}, "got 'a' twice"),
+        ({"label_names": ["a", "b"], "groups": {"a": ["b"]}}, "got 'a' twice"),
+        ({"label_names": ["a"], "num_resamples": -5}, "num_resamples .* got -5"),
+        ({"label_names": ["a"], "num_resamples": 1.5}, r"num_resamples .* got 1\.5"),
+    ],
+)
+def test_ill_names_and_numbers(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegistrationTable(tmp_path, **arguments)

@@ -277,6 +277,14 @@ def test_what_does_not_count(function) -> None:
             function(ddf, torch.ones(shape))
 
 
+def test_thin_volumes_have_no_sdlogj() -> None:
+    metric = SDLogJMetric()
+    assert metric(field((2, 3, 8, 9, 4))).isnan().tolist() == [[True], [True]]
+    assert metric(field((1, 3, 8, 9, 5))).item() > 0
+    with pytest.raises(ValueError, match="got -1"):
+        SDLogJMetric(border=-1)
+
+
 @pytest.mark.parametrize("border", [-1, 3, 9])
 def test_ill_border(border: int) -> None:
     with pytest.raises(ValueError, match=rf"leave a voxel of the grid \[7, 6, 8\] along each axis, got {border}"):
