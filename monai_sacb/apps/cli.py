@@ -5,72 +5,177 @@
 from __future__ import annotations
 
 import inspect
+import json
+import logging
+import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args, get_type_hints
 
 import fire
 
+from monai_sacb.apps.applying import apply
 from monai_sacb.apps.bundle_copy import bundle
+from monai_sacb.apps.convert_field import convert
+from monai_sacb.apps.evaluating import Evaluation, evaluate
+from monai_sacb.apps.information import info
+from monai_sacb.apps.registering import PairsResult, register
+from monai_sacb.apps.registration import RegistrationResult
+from monai_sacb.apps.reporting import report
 from monai_sacb.data import convert_pickled_folder
 from monai_sacb.version import __version__
 
 __all__ = ["main"]
 
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "register": register,
+    "apply": apply,
+    "evaluate": evaluate,
+    "report": report,
+    "convert": convert,
+    "info": info,
+    "bundle": bundle,
+    "convert_dataset": convert_pickled_folder,
+}
+# exit codes
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
-COMMANDS: dict[str, Callable[..., str]] = {"bundle": bundle, "convert_dataset": convert_pickled_folder}
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--")
 
 
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse what fire would find only after the work is done, or take for something else."""
+def _converted(option: str, kind: Any, value: str) -> Any:
+    """What a word stands for; paths and names stay as they are: a folder called 2024_01 is no number."""
+    kinds = get_args(kind) or (kind,)
+    if bool in kinds:
+        if value.lower() not in BOOLEANS:
+            raise ValueError(f"option '--{option}' must be true or false, got '{value}'.")
+        return BOOLEANS[value.lower()]
+    number = next((k for k in (int, float) if k in kinds), None)
+    if number is None:
+        return value
+    try:
+        converted = number(value)
+    except ValueError:
+        converted = math.nan
+    if not math.isfinite(converted):
+        raise ValueError(f"option '--{option}' must be a {'whole ' if number is int else ''}number, got '{value}'.")
+    return converted
+
+
+def _parsed(arguments: Sequence[str]) -> list[str]:
+    """
+    The arguments as fire takes them for Python values of the right types.
+
+    Refuses what fire would find only after the work is done, or take for something else.
+    """
     name, *rest = arguments
     if name not in COMMANDS:
         raise ValueError(f"unknown command '{name}'; there is: {', '.join(COMMANDS)}.")
     parameters = inspect.signature(COMMANDS[name]).parameters
+    kinds = get_type_hints(COMMANDS[name])
     options = ", ".join(f"--{parameter}" for parameter in parameters)
-    given: set[str] = set()
+    given: dict[str, Any] = {}
     while rest:
-        flag, equals, _ = rest.pop(0).partition("=")
-        if not flag.startswith("--"):
+        flag, equals, value = rest.pop(0).partition("=")
+        if not _is_flag(flag):
             raise ValueError(f"unexpected argument '{flag}' of '{name}'; there is: {options}.")
         option = flag[2:].replace("-", "_")
         if option not in parameters:
-            raise ValueError(f"unknown option '{flag}' of '{name}'; there is: {options}.")
+            raise ValueError(f"unknown option '{flag}' of '{name}'; there is: {options or 'none'}.")
         if option in given:
             raise ValueError(f"option '{flag}' of '{name}' is given twice.")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            if rest and not _is_flag(rest[0]):
+                value = rest.pop(0)
+            elif kinds[option] is bool:
+                value = "true"
+            else:
                 raise ValueError(f"option '{flag}' of '{name}' needs a value.")
-            rest.pop(0)
-        given.add(option)
+        given[option] = _converted(option, kinds[option], value)
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
     if missing:
         raise ValueError(f"'{name}' needs --{' and --'.join(missing)}.")
+    return [name, *(f"--{option}={value!r}" for option, value in given.items())]
 
 
-def _quoted(arguments: Sequence[str]) -> list[str]:
-    """The arguments with values as Python strings: a folder called 2024_01 is no number to fire."""
-    quoted = [arguments[0]]
-    for argument in arguments[1:]:
-        flag, equals, value = argument.partition("=")
-        if not flag.startswith("--"):
-            quoted.append(repr(argument))
-        else:
-            quoted.append(f"{flag}={value!r}" if equals else flag)
-    return quoted
+def _shown(result: Any) -> str:
+    """What the command line prints of a result."""
+    if isinstance(result, RegistrationResult):
+        similarity, dice = result.metrics["similarity"], result.metrics.get("dice")
+        lines = [f"verdict: {result.verdict}", *(f"  {reason}" for reason in result.reasons)]
+        lines.append(f"similarity: {similarity['before']:.3f} before, {similarity['after']:.3f} after")
+        if dice and dice["after"]["mean"] is not None:
+            lines.append(f"Dice: {dice['before']['mean']:.3f} before, {dice['after']['mean']:.3f} after")
+        lines += [f"folds: {result.metrics['folds_percent']:.4f} %", f"results: {result.output_dir}"]
+        return "\n".join(lines)
+    if isinstance(result, (PairsResult, Evaluation)):
+        return result.table()
+    return json.dumps(result, indent=2) if isinstance(result, Mapping) else str(result)
+
+
+def _exit_code(result: Any) -> int:
+    if isinstance(result, PairsResult):
+        return {"error": BAD_INPUT, "failed": FAILED}.get(result.verdict, 0)
+    return FAILED if isinstance(result, RegistrationResult) and result.verdict == "failed" else 0
+
+
+def _sentence(error: BaseException) -> str:
+    """One line that says what is wrong: of errors wrapped into others, the first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: '{error.filename}'" if error.filename else error.strerror
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Clean up when a scheduler ends the process, too."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake ends in one line on stderr and exit code 2."""
+    """
+    Run the command line.
+
+    Exit codes: 0 done, 2 bad input or usage with one line on stderr, 3 registered but the verdict is failed.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         sys.stdout.write(f"monai-sacb {__version__}\n")
         return
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         if not arguments or "--help" in arguments or "-h" in arguments:
-            fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS] + ["--help"], name="monai-sacb")
+            fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS][:1] + ["--help"], name="monai-sacb")
             return
-        _check_arguments(arguments)
-        fire.Fire(COMMANDS, command=_quoted(arguments), name="monai-sacb")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.stderr.write(f"monai-sacb: {error}\n")
-        sys.exit(2)
+        with _terminated_as_interrupted():
+            result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
+        sys.stderr.write(f"monai-sacb: {_sentence(error)}\n")
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.stderr.write("monai-sacb: interrupted; nothing was written.\n")
+        sys.exit(INTERRUPTED)
+    code = _exit_code(result)
+    if code:
+        sys.exit(code)

@@ -11,22 +11,32 @@ from .pair_dataset import PairDataset
 from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, required_entries, subject_to_atlas
 from .pickle_reader import PickledVolumeReader, read_pickled_arrays
 from .sample import sample_dataset
+from .spatial_mapping import Grid, PhysicalField, SpatialMapping, invert_mapping, resample_volume, sample_volume
+from .working_grid import make_working_grid, resample_to_working_grid
 
 __all__ = [
     "DiskCacheDataset",
+    "Grid",
     "PairDataset",
+    "PhysicalField",
     "PickledVolumeReader",
+    "SpatialMapping",
     "atlas_to_subject",
     "collate_pairs",
     "convert_pickled_folder",
     "describe_folder",
+    "invert_mapping",
     "load_pairs",
     "load_request",
     "load_subjects",
     "make_pairs",
+    "make_working_grid",
     "read_pairs_csv",
     "read_pickled_arrays",
     "required_entries",
+    "resample_to_working_grid",
+    "resample_volume",
     "sample_dataset",
+    "sample_volume",
     "subject_to_atlas",
 ]

@@ -13,9 +13,8 @@ from monai_sacb.utils import plain_tensor
 
 __all__ = ["PrepareRegistrationBatch"]
 
-TARGET_KEYS = tuple(
-    f"{role}_{key}" for key in ("image", "label", "field_of_view", "landmarks") for role in ("moving", "fixed")
-)
+ENTRIES = ("image", "label", "field_of_view", "landmarks", "anatomy")
+TARGET_KEYS = tuple(f"{role}_{key}" for key in ENTRIES for role in ("moving", "fixed"))
 
 
 class PrepareRegistrationBatch(PrepareBatch):
@@ -23,7 +22,7 @@ class PrepareRegistrationBatch(PrepareBatch):
     Turn a batch of pairs into the network's input and the loss's target, for MONAI's engines.
 
     The input is both images as one tensor, moving first; the target is a dictionary of the images and, where the batch
-    has them, the labels, the fields of view and the landmarks.
+    has them, the labels, the fields of view, the landmarks and the images of the anatomy that the loss compares.
     """
 
     def __call__(
@@ -36,7 +35,8 @@ class PrepareRegistrationBatch(PrepareBatch):
         """
         Args:
             batchdata: ``moving_image`` and ``fixed_image``, ``(B, C, *spatial)``; possibly the same with
-                ``label`` and ``field_of_view``, ``(B, 1, *spatial)``, and ``landmarks``, ``(B, N, d)`` in voxels.
+                ``label`` and ``field_of_view``, ``(B, 1, *spatial)``, ``landmarks``, ``(B, N, d)`` in voxels, and
+                ``anatomy``, ``(B, C, *spatial)``.
             device, non_blocking, kwargs: passed to ``Tensor.to``.
 
         Returns:

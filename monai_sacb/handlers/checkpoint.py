@@ -42,7 +42,13 @@ def _load_state(network: nn.Module, state: Any, path: str | os.PathLike[str]) ->
     """Load a state dict, strictly; refuse with a sentence what is not one of this network, whatever file it is from."""
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"'{path}' is not a state dict of tensors.")
-    difference = compare_states(unwrapped_state(network), state)
+    # entries that older states do not have
+    optional = getattr(unwrapped(network), "optional_state", ())
+    expected, given = (
+        {name: value for name, value in entries.items() if name not in optional}
+        for entries in (unwrapped_state(network), state)
+    )
+    difference = compare_states(expected, given)
     if difference is not None:
         raise ValueError(f"'{path}' holds the weights of another network: {difference}.")
     broken = not_finite(state)

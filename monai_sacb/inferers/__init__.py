@@ -2,7 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from .affine import AffineRegistration, estimate_affine
+from .multiscale import InstanceOptimization, refine_multiscale
 from .refinement import refine_ddf
 from .registration import RegistrationInferer
 
-__all__ = ["RegistrationInferer", "refine_ddf"]
+__all__ = [
+    "AffineRegistration",
+    "InstanceOptimization",
+    "RegistrationInferer",
+    "estimate_affine",
+    "refine_ddf",
+    "refine_multiscale",
+]

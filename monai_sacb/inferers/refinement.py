@@ -71,6 +71,18 @@ def check_refinement(
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
 
+def check_pair(moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> None:
+    """Refuse tensors that :py:func:`refine_ddf` cannot work with; see there."""
+    dims = fixed.dim() - 2
+    if dims not in (2, 3) or moving.shape != fixed.shape or list(ddf.shape) != [len(fixed), dims, *fixed.shape[2:]]:
+        raise ValueError(
+            "moving and fixed must have one shape (B, C, *spatial) of 2 or 3 spatial axes and ddf must be (B, d, "
+            f"*spatial), got {list(moving.shape)}, {list(fixed.shape)} and {list(ddf.shape)}."
+        )
+    if min(fixed.shape[2:]) < 5:
+        raise ValueError(f"refinement needs at least 5 voxels along every axis, got shape {list(fixed.shape)}.")
+
+
 def refine_ddf(
     moving: torch.Tensor,
     fixed: torch.Tensor,
@@ -116,14 +128,7 @@ def refine_ddf(
     rather than of a network; Siebert et al., ConvexAdam, 2021, for the coarse grid of control points.
     """
     check_refinement(regularization_weight, iterations, learning_rate, spacing, patience)
-    dims = fixed.dim() - 2
-    if dims not in (2, 3) or moving.shape != fixed.shape or list(ddf.shape) != [len(fixed), dims, *fixed.shape[2:]]:
-        raise ValueError(
-            "moving and fixed must have one shape (B, C, *spatial) of 2 or 3 spatial axes and ddf must be (B, d, "
-            f"*spatial), got {list(moving.shape)}, {list(fixed.shape)} and {list(ddf.shape)}."
-        )
-    if min(fixed.shape[2:]) < 5:
-        raise ValueError(f"refinement needs at least 5 voxels along every axis, got shape {list(fixed.shape)}.")
+    check_pair(moving, fixed, ddf)
     if iterations == 0:
         return ddf.detach()
     compare = LNCCLoss(kernel_size=5) if similarity is None else similarity

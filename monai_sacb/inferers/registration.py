@@ -10,6 +10,7 @@ import torch
 
 from monai.inferers import Inferer
 
+from monai_sacb.inferers.multiscale import InstanceOptimization
 from monai_sacb.inferers.refinement import check_refinement, refine_ddf
 
 __all__ = ["RegistrationInferer"]
@@ -26,6 +27,9 @@ class RegistrationInferer(Inferer):
         similarity, regularization, regularization_weight, learning_rate, spacing, patience: as for that function.
         amp: let the network work in bfloat16 where that is safe, on any device; the field stays float32. MONAI's own
             ``amp`` is for CUDA alone, and its float16 needs a loss scale.
+        refinement: refines from coarse to fine instead, in ``iterations`` steps, with its own settings: the ones above
+            that are for :py:func:`monai_sacb.inferers.refine_ddf` play no part, and a similarity or a regularization
+            among them is refused.
 
     Raises:
         ValueError: When a number is out of its range.
@@ -41,10 +45,18 @@ class RegistrationInferer(Inferer):
         spacing: int = 2,
         patience: int = 15,
         amp: bool = False,
+        refinement: InstanceOptimization | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(amp, bool):
             raise ValueError(f"amp must be True or False, got {amp!r}.")
+        if refinement is not None and not isinstance(refinement, InstanceOptimization):
+            raise ValueError(f"refinement must be an InstanceOptimization, got {refinement!r}.")
+        if refinement is not None and (similarity is not None or regularization is not None):
+            raise ValueError(
+                "with a refinement, similarity and regularization are to be given to it, got "
+                f"{similarity!r} and {regularization!r} beside it."
+            )
         check_refinement(regularization_weight, iterations, learning_rate, spacing, patience)
         self.iterations = iterations
         self.similarity = similarity
@@ -54,6 +66,7 @@ class RegistrationInferer(Inferer):
         self.spacing = spacing
         self.patience = patience
         self.amp = amp
+        self.refinement = refinement
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -73,6 +86,8 @@ class RegistrationInferer(Inferer):
         if self.iterations == 0:
             return ddf
         moving, fixed = inputs.chunk(2, 1)
+        if self.refinement is not None:
+            return self.refinement(moving, fixed, ddf, self.iterations)
         return refine_ddf(
             moving,
             fixed,

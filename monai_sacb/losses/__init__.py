@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from .fold import FoldPenaltyLoss
 from .landmark import LandmarkLoss
 from .lncc import LNCCLoss
 from .mind import MINDSSCLoss, mind_ssc
@@ -11,6 +12,7 @@ from .warped_dice import WarpedLabelDiceLoss
 
 __all__ = [
     "BendingPenaltyLoss",
+    "FoldPenaltyLoss",
     "GradientPenaltyLoss",
     "LNCCLoss",
     "LandmarkLoss",

@@ -41,6 +41,8 @@ class RegistrationLoss(nn.Module):
             :py:class:`monai_sacb.transforms.FieldOfViewd`): for images that are cropped differently.
         landmarks: ``(moving points, fixed points, ddf) -> loss``. Defaults to :py:class:`LandmarkLoss`, in voxels.
         landmark_weight: weight of the landmark term.
+        similarity_key: the entries that the similarity compares, ``"image"``, or ``"anatomy"``: images of one contrast
+            that the network does not see, see :py:class:`monai_sacb.transforms.LabelsToImaged`.
 
     Attributes:
         weights: weight of each term, named ``"similarity"``, ``"label"``, ``"landmarks"`` and ``"regularization"`` or
@@ -66,6 +68,7 @@ class RegistrationLoss(nn.Module):
         use_masks: bool = False,
         landmarks: nn.Module | None = None,
         landmark_weight: float = 0.0,
+        similarity_key: str = "image",
     ) -> None:
         super().__init__()
         if regularization is None:
@@ -98,6 +101,9 @@ class RegistrationLoss(nn.Module):
         self.label = WarpedLabelDiceLoss() if label is None else label
         self.num_labels = num_labels
         self.use_masks = use_masks
+        if similarity_key not in ("image", "anatomy"):
+            raise ValueError(f"similarity_key must be 'image' or 'anatomy', got {similarity_key!r}.")
+        self.similarity_key = similarity_key
         self.landmarks = LandmarkLoss() if landmarks is None else landmarks
         self.last_terms: dict[str, torch.Tensor] = {}
 
@@ -109,14 +115,15 @@ class RegistrationLoss(nn.Module):
                 ``fixed_label``, ``(B, 1, *spatial)``, values 0 to ``num_labels``, or -1 throughout for a subject
                 without labels; ``moving_landmarks`` and ``fixed_landmarks``, ``(B, N, d)``, in voxels, rows of NaN
                 where there are less. With ``use_masks`` also ``moving_field_of_view`` and ``fixed_field_of_view``,
-                ``(B, 1, *spatial)``, 0 or 1.
+                ``(B, 1, *spatial)``, 0 or 1. With ``similarity_key="anatomy"`` also ``moving_anatomy`` and
+                ``fixed_anatomy``, ``(B, C, *spatial)``.
 
         Returns:
             the weighted sum, a scalar.
 
         Raises:
-            ValueError: When the batch lacks the fields of view that are wanted, or the label term has been switched on
-                without ``num_labels``.
+            ValueError: When the batch lacks the fields of view or the anatomy that are wanted, or the label term has
+                been switched on without ``num_labels``.
         """
         terms = {"similarity": self.similarity(*self._images(pred, target))}
         for name, term in zip(self.regularization_names, self.regularizations):
@@ -135,8 +142,11 @@ class RegistrationLoss(nn.Module):
         return loss
 
     def _images(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The warped and the fixed image, zero outside the masks if they are wanted."""
-        warped, fixed = warp(target["moving_image"], pred), target["fixed_image"]
+        """The warped and the fixed image that are compared, zero outside the masks if they are wanted."""
+        keys = [f"{role}_{self.similarity_key}" for role in ("moving", "fixed")]
+        if any(key not in target for key in keys):
+            raise ValueError(f"the similarity compares {keys}, but the batch has {sorted(target)}.")
+        warped, fixed = warp(target[keys[0]], pred), target[keys[1]]
         if not self.use_masks:
             return warped, fixed
         missing = [key for key in ("moving_field_of_view", "fixed_field_of_view") if key not in target]

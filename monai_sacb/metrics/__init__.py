@@ -15,7 +15,7 @@ from .jacobian import (
     jacobian_determinant,
 )
 from .landmarks import LandmarkErrorMetric, compute_tre
-from .overlap import lowest_mean, lowest_quantile
+from .overlap import compute_label_dice, lowest_mean, lowest_quantile
 from .similarity import SimilarityMetric
 from .surface import (
     LabelHausdorffMetric,
@@ -40,6 +40,7 @@ __all__ = [
     "bootstrap_interval",
     "compute_field_error",
     "compute_folds",
+    "compute_label_dice",
     "compute_label_hausdorff",
     "compute_label_surface_dice",
     "compute_ndv",

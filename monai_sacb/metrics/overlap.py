@@ -6,7 +6,48 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["lowest_mean", "lowest_quantile"]
+__all__ = ["compute_label_dice", "lowest_mean", "lowest_quantile"]
+
+
+def compute_label_dice(pred: torch.Tensor, target: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor:
+    """
+    Dice of label maps for any ids, counted without a map for each label.
+
+    MONAI's ``DiceMetric`` numbers classes without gaps; FreeSurfer's ids, which go up to 14175, would be as many maps.
+
+    Args:
+        pred, target: ``(B, 1, *spatial)``, whole numbers.
+        label_ids: the ids to score.
+
+    Returns:
+        ``(B, len(label_ids))``, float64; NaN where neither map has the label.
+
+    Raises:
+        ValueError: When the shapes differ or have not one channel, or an id is given twice.
+    """
+    if pred.shape != target.shape or pred.dim() < 3 or pred.shape[1] != 1:
+        raise ValueError(
+            f"pred and target must have one shape (B, 1, *spatial), got {list(pred.shape)} and {list(target.shape)}."
+        )
+    ids, order = torch.tensor([int(label) for label in label_ids], dtype=torch.long).sort()
+    if len(ids.unique()) != len(ids):
+        raise ValueError(f"label_ids must differ from each other, got {list(label_ids)}.")
+    dice = torch.empty(len(pred), len(ids), dtype=torch.float64)
+    if not len(ids):
+        return dice
+
+    def numbered(label: torch.Tensor) -> torch.Tensor:
+        """Positions in the sorted ids; their number for any other value."""
+        flat = label.flatten().long().cpu()
+        position = torch.searchsorted(ids, flat).clamp(max=len(ids) - 1)
+        return torch.where(ids[position] == flat, position, len(ids))
+
+    for row, one, other in zip(dice, pred, target):
+        a, b = numbered(one), numbered(other)
+        sizes = (a.bincount(minlength=len(ids) + 1) + b.bincount(minlength=len(ids) + 1))[:-1].double()
+        common = a[a == b].bincount(minlength=len(ids) + 1)[:-1].double()
+        row[order] = torch.where(sizes > 0, 2 * common / sizes, torch.nan)
+    return dice
 
 
 def _cases(values: torch.Tensor | Sequence[float], fraction: float) -> torch.Tensor:

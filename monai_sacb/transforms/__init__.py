@@ -2,22 +2,38 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from monai_sacb.data.voxel_fields import (
+    ddf_to_displacement,
+    displacement_to_ddf,
+    load_learn2reg_field,
+    save_learn2reg_field,
+)
+
 from .augment import RefuseFieldsd
 from .checks import CheckGridd, CheckPaird, CheckVolumed
+from .field_files import LoadDDFd, SaveDDFd
+from .fields import ComposeDDFd, DDFToDisplacementd, InvertDDFd, MaskDDFd
 from .io import LoadVolumed
 from .labels import CommonLabelsd, SelectLabelsd, number_labels
-from .learn2reg import SaveLearn2Regd, displacement_to_ddf, load_learn2reg_field, save_learn2reg_field
-from .points import LoadPointsd, PointsToVoxelsd, WarpPointsd, read_points, transform_points
+from .learn2reg import SaveLearn2Regd
+from .points import LoadPointsd, PointsToVoxelsd, TransformPointsd, read_points, transform_points
+from .register import RegisterPaird
 from .save import SaveRegistrationd, save_displacement
-from .spatial import (
-    ComposeDDFd,
-    DDFToDisplacementd,
-    FieldOfViewd,
-    PadPaird,
-    RestoreGridd,
-    WarpDDFd,
-    ddf_to_displacement,
-    warp_labels,
+from .spatial import FieldOfViewd, PadPaird, RestoreGridd, WarpByDDFd, warp_labels
+from .synthesis import (
+    RandDiffeomorphism,
+    RandFieldOfView,
+    RandLabelsToImage,
+    labels_to_image,
+    random_diffeomorphism,
+    sample_labels,
+)
+from .synthesis_dictionary import (
+    LabelsToImaged,
+    RandDiffeomorphismd,
+    RandFieldOfViewd,
+    RandKeepLabelsd,
+    RandLabelsToImaged,
 )
 
 __all__ = [
@@ -28,22 +44,38 @@ __all__ = [
     "ComposeDDFd",
     "DDFToDisplacementd",
     "FieldOfViewd",
+    "InvertDDFd",
+    "LabelsToImaged",
+    "LoadDDFd",
     "LoadPointsd",
     "LoadVolumed",
+    "MaskDDFd",
     "PadPaird",
     "PointsToVoxelsd",
+    "RandDiffeomorphism",
+    "RandDiffeomorphismd",
+    "RandFieldOfView",
+    "RandFieldOfViewd",
+    "RandKeepLabelsd",
+    "RandLabelsToImage",
+    "RandLabelsToImaged",
     "RefuseFieldsd",
+    "RegisterPaird",
     "RestoreGridd",
+    "SaveDDFd",
     "SaveLearn2Regd",
     "SaveRegistrationd",
     "SelectLabelsd",
-    "WarpDDFd",
-    "WarpPointsd",
+    "TransformPointsd",
+    "WarpByDDFd",
     "ddf_to_displacement",
     "displacement_to_ddf",
+    "labels_to_image",
     "load_learn2reg_field",
     "number_labels",
+    "random_diffeomorphism",
     "read_points",
+    "sample_labels",
     "save_displacement",
     "save_learn2reg_field",
     "transform_points",

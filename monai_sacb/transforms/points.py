@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import os
-import re
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +17,12 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 
-from monai_sacb.networks.layers import warp_points
+from monai_sacb.data.point_files import read_point_set, read_point_table
+from monai_sacb.networks.layers import unwarp_points, warp_points
+from monai_sacb.transforms.common import check_count, one_output_each
 from monai_sacb.utils import plain_tensor
 
-__all__ = ["LoadPointsd", "PointsToVoxelsd", "WarpPointsd", "read_points", "transform_points"]
+__all__ = ["LoadPointsd", "PointsToVoxelsd", "TransformPointsd", "read_points", "transform_points"]
 
 
 def transform_points(points: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
@@ -51,45 +51,9 @@ def transform_points(points: torch.Tensor, affine: torch.Tensor) -> torch.Tensor
     return moved.to(points.dtype if points.is_floating_point() else torch.float32)
 
 
-def _fields(line: str) -> list[str]:
-    # early editions of Learn2Reg separate the numbers by blanks
-    return [field.strip() for field in line.split(",")] if "," in line else line.split()
-
-
-def _frame(words: str) -> str | None:
-    """The frame that a comment or a header names, LPS or RAS."""
-    found = set(re.findall(r"(?<![a-z])(lps|ras)(?![a-z])", words.lower()))
-    if len(found) > 1:
-        raise ValueError("it names both LPS and RAS")
-    return found.pop() if found else None
-
-
-def _numbers(rows: list[tuple[int, list[str]]], columns: list[int], width: int) -> list[list[float]]:
-    result = []
-    for number, row in rows:
-        if len(row) != width:
-            raise ValueError(f"line {number} has {len(row)} columns instead of {width}")
-        try:
-            values = [float(row[column]) for column in columns]
-        except ValueError as error:
-            raise ValueError(f"line {number} is not numeric: {','.join(row)!r}") from error
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(f"line {number} has a value that is not finite: {','.join(row)!r}")
-        result.append(values)
-    return result
-
-
-def _is_numeric(row: list[str]) -> bool:
-    try:
-        [float(field) for field in row]
-    except ValueError:
-        return False
-    return True
-
-
 def read_points(path: str | os.PathLike[str], spatial_dims: int = 3) -> tuple[torch.Tensor, bool]:
     """
-    Read landmarks from a CSV file, of one of two kinds.
+    Read landmarks from a file of 3D Slicer (``.fcsv``, ``.mrk.json``; 3-D), or a CSV file of one of two kinds.
 
     - Without a header, as Learn2Reg has them: as many numbers in a line as there are dimensions, in voxels of the array
       in the file of the image that they belong to.
@@ -106,40 +70,12 @@ def read_points(path: str | os.PathLike[str], spatial_dims: int = 3) -> tuple[to
     Raises:
         ValueError: When the file cannot be read or is of neither kind.
     """
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-    try:
-        # what spreadsheets write may start with a byte order mark
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-        rows = [(i, _fields(line)) for i, line in enumerate(lines, start=1) if line and not line.startswith("#")]
-        frame = _frame(" ".join(line for line in lines if line.startswith("#")))
-        if not rows:
-            raise ValueError("it holds no points")
-        first = rows[0][1]
-        in_voxels = _is_numeric(first)
-        if in_voxels:
-            if frame is not None:
-                raise ValueError(
-                    f"a comment says {frame.upper()}, but voxels are meant where there is no header 'x,y,z'"
-                )
-            points = torch.tensor(_numbers(rows, list(range(spatial_dims)), spatial_dims), dtype=torch.float64)
-            return points, True
-        names = [re.sub(r"[\s_(-]*(lps|ras)[\s)]*$", "", name.lower()) for name in first]
-        axes = "xyz"[:spatial_dims]
-        if any(names.count(axis) != 1 for axis in axes) or (spatial_dims == 2 and "z" in names):
-            raise ValueError(
-                f"it has neither columns of numbers only nor a header {','.join(axes)!r}: {','.join(first)!r}"
-            )
-        if len(rows) == 1:
-            raise ValueError("it holds no points")
-        frame = _frame(" ".join([frame or "", *first]))
-        points = torch.tensor(_numbers(rows[1:], [names.index(axis) for axis in axes], len(names)), dtype=torch.float64)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"cannot read points '{path}': {reason}.") from error
-    if frame == "lps":
+    if spatial_dims == 3 and str(path).lower().endswith((".fcsv", ".mrk.json")):
+        return read_point_set(path).positions, False
+    points, table = read_point_table(path, spatial_dims)
+    if table.frame == "lps":
         points[:, :2] *= -1
-    return points, False
+    return points, table.frame is None
 
 
 class LoadPointsd(MapTransform):
@@ -218,24 +154,32 @@ class PointsToVoxelsd(MapTransform):
         return result
 
 
-class WarpPointsd(MapTransform):
+class TransformPointsd(MapTransform):
     """
-    Carry landmarks of the fixed image to their places in the moving image, RAS millimetres.
+    Carry points through a displacement field, in RAS millimetres.
 
-    The images are paired by array index: a point is at the voxel p of the fixed grid, goes to the voxel ``p + ddf(p)``
-    of the moving grid, and both grids lie where their own affines say. What comes out is to be compared with the
-    landmarks of the moving image; their distance is the target registration error.
+    **Direction.** As it is, points of the *fixed* image go to their partners in the *moving* image: the direction of
+    the field itself, opposite to that in which images are warped. What comes out is to be compared with the landmarks
+    of the moving image; their distance is the target registration error. With ``inverse=True``, points of the *moving*
+    image go to their partners in the *fixed* image: they travel with the image content, as warped images do.
+
+    The images are paired by array index: the voxel p of the fixed grid and the voxel ``p + ddf(p)`` of the moving grid
+    are partners, and both grids lie where their own affines say. For the inverse that equation is solved at each point,
+    by fixed-point iteration; where it does not converge, as where the field folds, a warning is logged.
 
     Args:
-        keys: points of the fixed image, ``(N, d)``, RAS millimetres. Entries that are not loaded are passed over.
-        output_keys: where the points ``(N, d)`` in the moving image go, RAS millimetres.
+        keys: points ``(N, d)``, RAS millimetres, of the fixed image (of the moving image with ``inverse=True``).
+            Entries that are not loaded are passed over.
+        output_keys: where the partners ``(N, d)`` go, RAS millimetres.
         ddf_key: DDF ``(d, *spatial)`` in voxels of the fixed grid, pull-back; None for no displacement at all, the
             state before registration.
         fixed_key, moving_key: the two images, with their affines, on the grid of the field.
+        inverse: False from the fixed to the moving image, True from the moving to the fixed image.
+        num_steps: number of iterations of the inverse.
         allow_missing_keys: whether a key may be absent.
 
     Raises:
-        ValueError: When there are not as many output keys as keys.
+        ValueError: When there are not as many output keys as keys, or another argument is out of its range.
     """
 
     def __init__(
@@ -245,15 +189,33 @@ class WarpPointsd(MapTransform):
         ddf_key: str | None = "pred",
         fixed_key: str = "fixed_image",
         moving_key: str = "moving_image",
+        inverse: bool = False,
+        num_steps: int = 100,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_keys = ensure_tuple(output_keys)
-        if len(self.output_keys) != len(self.keys):
-            raise ValueError(f"there must be one output key for each of the keys {self.keys}, got {self.output_keys}.")
+        self.output_keys = one_output_each(self.keys, output_keys)
+        if not isinstance(inverse, bool):
+            raise ValueError(f"inverse must be True or False, got {inverse!r}.")
+        check_count("num_steps", num_steps)
         self.ddf_key = ddf_key
         self.fixed_key = fixed_key
         self.moving_key = moving_key
+        self.inverse = inverse
+        self.num_steps = num_steps
+
+    def _moved(self, voxels: torch.Tensor, ddf: torch.Tensor, key: Hashable) -> torch.Tensor:
+        if not self.inverse:
+            return warp_points(voxels[None], ddf[None])[0]
+        found = unwarp_points(voxels[None], ddf[None], self.num_steps)
+        off = (warp_points(found, ddf[None])[0] - voxels).norm(dim=1)
+        bad = int((~(off < 0.1)).sum())
+        if bad:
+            logging.getLogger(__name__).warning(
+                f"{bad} of {len(off)} {key} have no partner within 0.1 voxel; the worst is off by "
+                f"{float(off.max()):.3g} voxels."
+            )
+        return found[0]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
@@ -263,11 +225,12 @@ class WarpPointsd(MapTransform):
             fixed, moving = (
                 torch.as_tensor(data[image].affine, dtype=torch.float64) for image in (self.fixed_key, self.moving_key)
             )
+            start, end = (moving, fixed) if self.inverse else (fixed, moving)
             points = plain_tensor(data[key])
             # double precision between the affines, whose origins may be far away
-            voxels = transform_points(points.double(), torch.linalg.inv(fixed))
+            voxels = transform_points(points.double(), torch.linalg.inv(start))
             if self.ddf_key is not None:
                 ddf = plain_tensor(data[self.ddf_key])
-                voxels = warp_points(voxels.to(ddf.device)[None], ddf[None])[0]
-            result[output_key] = transform_points(voxels, moving).to(points.dtype)
+                voxels = self._moved(voxels.to(ddf.device), ddf, key)
+            result[output_key] = transform_points(voxels, end).to(points.dtype)
         return result

@@ -14,36 +14,10 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
+from monai_sacb.data.displacement_files import save_displacement
 from monai_sacb.utils import replacing, subject_name
 
 __all__ = ["SaveRegistrationd", "save_displacement"]
-
-
-def save_displacement(displacement: torch.Tensor, affine: torch.Tensor, path: str | os.PathLike[str]) -> None:
-    """
-    Write a displacement field as the NIfTI vector image that ITK, ANTs and 3D Slicer take for a transform.
-
-    Args:
-        displacement: ``(3, *spatial)``, 2-D or 3-D, LPS millimetres, from each voxel of the fixed grid to its partner's
-            place. That of a slice is written as a volume of one slice.
-        affine: ``(4, 4)``, voxels of the fixed grid to RAS millimetres.
-        path: the file, ``.nii`` or ``.nii.gz``; written to a temporary name and renamed.
-
-    Raises:
-        ValueError: When the shape is not that of a field, or values are not finite.
-    """
-    if displacement.dim() not in (3, 4) or displacement.shape[0] != 3:
-        raise ValueError(f"displacement must have shape (3, *spatial), 2-D or 3-D, got {list(displacement.shape)}.")
-    bad = int((~torch.isfinite(displacement)).sum())
-    if bad:
-        raise ValueError(f"displacement must be finite, got {bad} NaN or infinite values.")
-    # NIfTI keeps the components of a vector in the fifth axis
-    array = displacement.detach().cpu().numpy().astype(np.float32)
-    vectors = np.moveaxis(array.reshape(*array.shape, *[1] * (5 - array.ndim)), 0, -1)
-    image = nib.Nifti1Image(vectors, np.asarray(affine))
-    image.header.set_intent("vector")
-    with replacing(path) as temporary:
-        nib.save(image, temporary)
 
 
 def _save_image(array: np.ndarray, affine: torch.Tensor, path: Path) -> None:
@@ -55,44 +29,24 @@ def _save_image(array: np.ndarray, affine: torch.Tensor, path: Path) -> None:
         nib.save(nib.Nifti1Image(array, np.asarray(affine)), temporary)
 
 
-class SaveRegistrationd(Transform):
+class PairFolders:
     """
-    Write the result of one pair into a folder of its own, ``<moving>_to_<fixed>`` after the files of the two images.
-
-    Writes ``warped.nii.gz``, ``warped_label.nii.gz`` and ``displacement.nii.gz``, as far as the entries exist, on
-    the grid that their affine says; run :py:class:`RestoreGridd` first for that of the fixed image's file.
+    A folder for each pair, ``<moving>_to_<fixed>`` after the files of the two images, or after ``moving_subject`` and
+    ``fixed_subject`` where the pair has these. Pairs of other files with the same names get a number behind it.
 
     Args:
         output_dir: folder of the folders.
-        image_key: warped image, ``(C, *spatial)``.
-        label_key: warped label map, ``(1, *spatial)``.
-        displacement_key: displacement ``(3, *spatial)`` in LPS millimetres.
-        moving_key, fixed_key: the two images, whose files give the folder its name where the pair has no
-            ``moving_subject`` and ``fixed_subject``.
-        label_ids: values to write for the labels 1, 2, ..., where ``SelectLabelsd`` has numbered them anew.
+        moving_key, fixed_key: the two images.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike[str],
-        image_key: str = "warped_image",
-        label_key: str = "warped_label",
-        displacement_key: str = "displacement",
-        moving_key: str = "moving_image",
-        fixed_key: str = "fixed_image",
-        label_ids: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, output_dir: str | os.PathLike[str], moving_key: str, fixed_key: str) -> None:
         self.output_dir = Path(output_dir)
-        self.image_key = image_key
-        self.label_key = label_key
-        self.displacement_key = displacement_key
         self.moving_key = moving_key
         self.fixed_key = fixed_key
-        self.label_ids = label_ids
         # which files each folder was written for: different images may have files of one name
         self._folders: dict[str, tuple[str, str]] = {}
 
-    def _folder(self, data: Mapping[Hashable, Any]) -> Path:
+    def __call__(self, data: Mapping[Hashable, Any]) -> Path:
         images = (data[self.moving_key], data[self.fixed_key])
         files = [
             str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else "" for image in images
@@ -108,8 +62,41 @@ class SaveRegistrationd(Transform):
             unique = f"{name}_{number}"
         return self.output_dir / unique
 
+
+class SaveRegistrationd(Transform):
+    """
+    Write the result of one pair into a folder of its own, ``<moving>_to_<fixed>`` (see :py:class:`PairFolders`).
+
+    Writes ``warped.nii.gz``, ``warped_label.nii.gz`` and ``displacement.nii.gz``, as far as the entries exist, on
+    the grid that their affine says; run :py:class:`RestoreGridd` first for that of the fixed image's file.
+
+    Args:
+        output_dir: folder of the folders.
+        image_key: warped image, ``(C, *spatial)``.
+        label_key: warped label map, ``(1, *spatial)``.
+        displacement_key: displacement ``(3, *spatial)`` in LPS millimetres.
+        moving_key, fixed_key: the two images, whose files give the folder its name.
+        label_ids: values to write for the labels 1, 2, ..., where ``SelectLabelsd`` has numbered them anew.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        image_key: str = "warped_image",
+        label_key: str = "warped_label",
+        displacement_key: str = "displacement",
+        moving_key: str = "moving_image",
+        fixed_key: str = "fixed_image",
+        label_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.folders = PairFolders(output_dir, moving_key, fixed_key)
+        self.image_key = image_key
+        self.label_key = label_key
+        self.displacement_key = displacement_key
+        self.label_ids = label_ids
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        folder = self._folder(data)
+        folder = self.folders(data)
         if self.displacement_key in data:
             # first, since it looks at what it is given
             displacement = data[self.displacement_key]

@@ -10,35 +10,19 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResampleToMatch, SpatialPad, Transform
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple_rep
 
-from monai_sacb.networks.layers import compose, reference_grid, warp
+from monai_sacb.networks.layers import warp
+from monai_sacb.transforms.common import one_output_each, with_geometry
 from monai_sacb.utils import plain_tensor
 
 __all__ = [
-    "ComposeDDFd",
-    "DDFToDisplacementd",
     "FieldOfViewd",
     "PadPaird",
     "RestoreGridd",
-    "WarpDDFd",
-    "ddf_to_displacement",
+    "WarpByDDFd",
     "warp_labels",
 ]
-
-
-def _like(tensor: torch.Tensor, reference: Any) -> torch.Tensor:
-    """The tensor with the geometry (affine and meta data) of a reference image."""
-    if isinstance(reference, MetaTensor):
-        return MetaTensor(tensor, meta=dict(reference.meta))
-    return tensor
-
-
-def _output_keys(keys: Sequence[Hashable], output_keys: KeysCollection) -> tuple[Hashable, ...]:
-    outputs: tuple[Hashable, ...] = ensure_tuple(output_keys)
-    if len(outputs) != len(keys):
-        raise ValueError(f"there must be one output key for each of the keys {tuple(keys)}, got {outputs}.")
-    return outputs
 
 
 class FieldOfViewd(MapTransform):
@@ -61,13 +45,13 @@ class FieldOfViewd(MapTransform):
         self, keys: KeysCollection, output_keys: KeysCollection = "field_of_view", allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_keys = _output_keys(self.keys, output_keys)
+        self.output_keys = one_output_each(self.keys, output_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key, output_key in self.key_iterator(data, self.output_keys):
             ones = torch.ones_like(plain_tensor(data[key])[:1], dtype=torch.uint8)
-            result[output_key] = _like(ones, data[key])
+            result[output_key] = with_geometry(ones, data[key])
         return result
 
 
@@ -122,7 +106,7 @@ def warp_labels(label: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
     return warped
 
 
-class WarpDDFd(MapTransform):
+class WarpByDDFd(MapTransform):
     """
     Warp images with a displacement field. The results take the geometry of the fixed image.
 
@@ -150,7 +134,7 @@ class WarpDDFd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_keys = _output_keys(self.keys, output_keys)
+        self.output_keys = one_output_each(self.keys, output_keys)
         self.ddf_key = ddf_key
         self.reference_key = reference_key
         self.mode = ensure_tuple_rep(mode, len(self.keys))
@@ -165,111 +149,8 @@ class WarpDDFd(MapTransform):
                 warped = warp_labels(image[None], ddf[None])[0]
             else:
                 warped = warp(image[None], ddf[None], mode=mode, padding_mode=self.padding_mode)[0]
-            result[output_key] = _like(warped, data[self.reference_key])
+            result[output_key] = with_geometry(warped, data[self.reference_key])
         return result
-
-
-class ComposeDDFd(Transform):
-    """
-    The field that lays one subject on another, from their fields to a common template.
-
-    Subjects with ``subject(p) = template(p + ddf(p))`` are laid on each other by following the fixed subject's field to
-    the template and the moving subject's inverse field back.
-
-    Args:
-        ddf_key: the fixed subject's field, ``(d, *spatial)`` in voxels, pull-back from the subject to the template.
-        inverse_ddf_key: the moving subject's inverse field, of the same form.
-        mask_key: where this map is 0, the result is NaN, which says that it does not count.
-        output_key: where the result goes: DDF ``(d, *spatial)`` in voxels of the fixed grid, pull-back. Not made where
-            one of the fields is missing.
-    """
-
-    def __init__(
-        self,
-        ddf_key: str = "fixed_ddf",
-        inverse_ddf_key: str = "moving_inverse_ddf",
-        mask_key: str | None = "fixed_label",
-        output_key: str = "true_ddf",
-    ) -> None:
-        self.ddf_key = ddf_key
-        self.inverse_ddf_key = inverse_ddf_key
-        self.mask_key = mask_key
-        self.output_key = output_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        # of each subject both fields are loaded; those that are not needed here would only take memory
-        unused = {key for key in data if str(key).endswith("_ddf")}
-        result = {key: value for key, value in data.items() if key not in unused}
-        fields = [data.get(key) for key in (self.ddf_key, self.inverse_ddf_key)]
-        # paths are fields that the preprocessing did not load, as in training, where nothing is compared
-        if all(isinstance(field, torch.Tensor) for field in fields):
-            ddf = compose(plain_tensor(data[self.ddf_key])[None], plain_tensor(data[self.inverse_ddf_key])[None])[0]
-            if self.mask_key is not None and self.mask_key in data:
-                ddf = torch.where(plain_tensor(data[self.mask_key]) > 0, ddf, torch.nan)
-            result[self.output_key] = _like(ddf, data[self.ddf_key])
-        return result
-
-
-def ddf_to_displacement(ddf: torch.Tensor, fixed_affine: torch.Tensor, moving_affine: torch.Tensor) -> torch.Tensor:
-    """
-    Displacement in millimetres of ITK's LPS frame from a field in voxels.
-
-    The images are paired by array index: the voxel p of the fixed image goes to the voxel ``p + ddf(p)`` of the moving
-    image's grid, and each place is where its own image's affine says.
-
-    Args:
-        ddf: ``(d, *spatial)`` in voxels, 2-D or 3-D, pull-back, channel i along array axis i.
-        fixed_affine: ``(4, 4)``, voxels of the fixed grid to RAS millimetres.
-        moving_affine: ``(4, 4)``, voxels of the moving grid to RAS millimetres.
-
-    Returns:
-        ``(3, *spatial)``, for every voxel of the fixed grid the vector from its place to its partner's in the moving
-        image, LPS millimetres, float32. A slice, too, lies in space.
-
-    Raises:
-        ValueError: When the shape is not that of a field, or an affine not ``(4, 4)``.
-    """
-    dims = ddf.dim() - 1
-    if dims not in (2, 3) or ddf.shape[0] != dims:
-        raise ValueError(f"ddf must have shape (d, *spatial) with d = 2 or 3, got {list(ddf.shape)}.")
-    for name, affine in (("fixed_affine", fixed_affine), ("moving_affine", moving_affine)):
-        if tuple(affine.shape) != (4, 4):
-            raise ValueError(f"{name} must have shape (4, 4), got {list(affine.shape)}.")
-    voxels = reference_grid(list(ddf.shape[1:]), ddf.device).double()
-    fixed, moving = (torch.as_tensor(a, dtype=torch.float64, device=ddf.device) for a in (fixed_affine, moving_affine))
-    column = (3, *[1] * dims)
-    partner = torch.einsum("ij,j...->i...", moving[:3, :dims], voxels + ddf) + moving[:3, 3].view(column)
-    place = torch.einsum("ij,j...->i...", fixed[:3, :dims], voxels) + fixed[:3, 3].view(column)
-    lps = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64, device=ddf.device).view(column)
-    return (lps * (partner - place)).float()
-
-
-class DDFToDisplacementd(Transform):
-    """
-    Dictionary wrapper of :py:func:`ddf_to_displacement`.
-
-    Args:
-        ddf_key: the field in voxels, ``(d, *spatial)``.
-        fixed_key, moving_key: the two images, with their affines, on the grid of the field.
-        output_key: where the displacement in LPS millimetres goes; it takes the geometry of the fixed image.
-    """
-
-    def __init__(
-        self,
-        ddf_key: str = "pred",
-        fixed_key: str = "fixed_image",
-        moving_key: str = "moving_image",
-        output_key: str = "displacement",
-    ) -> None:
-        self.ddf_key = ddf_key
-        self.fixed_key = fixed_key
-        self.moving_key = moving_key
-        self.output_key = output_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        fixed, moving = data[self.fixed_key], data[self.moving_key]
-        displacement = ddf_to_displacement(plain_tensor(data[self.ddf_key]), fixed.affine, moving.affine)
-        return {**data, self.output_key: _like(displacement, fixed)}
 
 
 class RestoreGridd(MapTransform):

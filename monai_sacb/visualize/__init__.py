@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .registration import plot_registration
+from .report import write_report
 from .structures import plot_structures
 
-__all__ = ["plot_registration", "plot_structures"]
+__all__ = ["plot_registration", "plot_structures", "write_report"]

@@ -2,18 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
+import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from synthetic_pair import Pair
 
 import monai_sacb
-from monai_sacb.apps import bundle_source
+from monai_sacb.apps import bundle_source, cli, registration
 from monai_sacb.apps.cli import main
 
 # what is typed, and what the one line on stderr must name
@@ -40,6 +46,43 @@ MISTAKES = {
         r"--force",
     ),
     "conversion of nothing": (["convert_dataset", "--input_dir=a", "--output_dir=b"], r"'a' has no folder Train"),
+    "registration of nothing": (["register"], r"register needs output_dir"),
+    "registration without images": (["register", "--output_dir", "out"], r"a fixed and a moving image, or pairs"),
+    "registration with an unknown option": (
+        ["register", "--fixed", "a.nii", "--moving", "b.nii", "--output_dir", "out", "--fxed_label", "c.nii"],
+        r"--fxed_label",
+    ),
+    "steps that are no number": (
+        ["register", "--output_dir=out", "--refine", "many"],
+        r"'--refine' must be a whole num",
+    ),
+    "steps that are not whole": (["register", "--output_dir=out", "--refine=1.5"], r"'--refine' must be a whole num"),
+    "fill that is not finite": (
+        ["register", "--output_dir=out", "--fill=nan"],
+        r"'--fill' must be a number, got 'nan'",
+    ),
+    "neither true nor false": (
+        ["register", "--output_dir=out", "--keep_dtype=2"],
+        r"'--keep_dtype' must be true or fal",
+    ),
+    "missing image": (
+        ["register", "--fixed=2024_01", "--moving=b.nii", "--output_dir=out", "--dry_run"],
+        r"moving '.*b.nii' does not exist",
+    ),
+    "unknown model": (
+        ["register", "--fixed=a.nii", "--moving=b.nii", "--output_dir=out", "--model=brian"],
+        r"there is no model 'brian'",
+    ),
+    "missing pairs": (["register", "--pairs=p.csv", "--output_dir=out"], r"cannot read pairs 'p.csv': No such file"),
+    "apply of nothing": (["apply", "--transform=out"], r"needs --input and --output"),
+    "apply of a missing image": (
+        ["apply", "--transform=out", "--input=a.nii", "--output=b.nii.gz"],
+        r"input 'a.nii' does not exist",
+    ),
+    "report of nothing": (["report", "--output_dir=out"], r"out"),
+    "evaluation of nothing": (["evaluate", "--transform=out"], r"evaluate needs fixed_label and moving_label"),
+    "conversion of no field": (["convert", "--input=a.h5", "--output=b.nii.gz"], r"a.h5"),
+    "information about something": (["info", "--verbose"], r"--verbose"),
     "empty name": (["bundle", "--output_dir="], r"output_dir|exists"),
 }
 
@@ -180,6 +223,100 @@ def test_arguments_default_to_those_of_the_process(
     monkeypatch.setattr(sys, "argv", ["monai-sacb", "--version"])
     main()
     assert capsys.readouterr().out == f"monai-sacb {monai_sacb.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["--fixed", "2024_01", "--refine", "007", "--fill", "-1000"],
+            {"fixed": "2024_01", "refine": 7, "fill": -1000.0},
+        ),
+        (["--keep_dtype"], {"keep_dtype": True}),
+        (["--keep-dtype", "TRUE", "--dry_run=no"], {"keep_dtype": True, "dry_run": False}),
+        (["--keep_dtype", "--affine", "False"], {"keep_dtype": True, "affine": "False"}),
+        (["--model", "None", "--device=cpu"], {"model": "None", "device": "cpu"}),
+        (["--moving=[1, 2]", "--fixed", "{'a': 1}", "--pairs", "1e3"], {"moving": "[1, 2]", "pairs": "1e3"}),
+    ],
+)
+def test_words_become_what_the_function_takes(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], expected: dict[str, Any]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    @functools.wraps(cli.register)
+    def register(**options: Any) -> str:
+        seen.update(options)
+        return "done"
+
+    monkeypatch.setitem(cli.COMMANDS, "register", register)
+    assert exit_code(["register", "--output_dir", "out", *words]) == 0
+    assert seen["output_dir"] == "out"
+    for name, value in expected.items():
+        assert seen[name] == value and type(seen[name]) is type(value)
+
+
+def pair_arguments(pair: Pair, output: str) -> list[str]:
+    return ["register", f"--fixed={pair.fixed}", f"--moving={pair.moving}", "--affine=False", f"--output_dir={output}"]
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("good", 0), ("check", 0), ("failed", 3)])
+def test_verdict_is_the_exit_code(
+    pair: Pair,
+    own_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verdict: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(registration, "judge_registration", lambda *_: (verdict, ["For this reason."]))
+    assert exit_code([*pair_arguments(pair, "2024_01"), "--refine=1"]) == code
+    output = capsys.readouterr()
+    assert output.out.startswith(f"verdict: {verdict}\n  For this reason.\n")
+    assert "results: 2024_01" in output.out
+    assert (own_folder / "2024_01" / "warped.nii.gz").is_file()
+
+
+def test_many_pairs_end_with_a_table(pair: Pair, own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_folder / "pairs.csv").write_text(f"fixed,moving\n{pair.fixed},{pair.moving}\n{pair.fixed},gone.nii\n")
+    assert exit_code(["register", "--pairs=pairs.csv", "--output_dir=out", "--affine=false", "--refine=1"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["output", "verdict"]
+    assert lines[1].startswith("moving_to_fixed  ") and lines[2].startswith("gone_to_fixed")
+    assert "gone.nii' does not exist" in lines[2]
+
+
+def test_plan_is_printed(pair: Pair, own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code([*pair_arguments(pair, "out"), "--dry_run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {"expected_seconds", "expected_memory_mb", "working_grid"} <= plan.keys()
+    assert os.listdir(own_folder) == []
+
+
+def test_information(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["info"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["monai-sacb"] == monai_sacb.__version__
+    assert "cpu" in found["devices"] and "none" in found["models"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupted", "terminated"])
+def test_interrupted_registration_leaves_nothing(pair: Pair, own_folder: Path, number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "monai_sacb", *pair_arguments(pair, "out"), "--refine=100000"],
+        cwd=own_folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    # the work has begun when its temporary folder is there
+    while not os.listdir(own_folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == "monai-sacb: interrupted; nothing was written."
+    assert os.listdir(own_folder) == []
 
 
 def test_module_runs(own_folder: Path) -> None:

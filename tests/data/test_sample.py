@@ -19,7 +19,7 @@ from monai.metrics import DiceMetric
 from monai.transforms import Compose, EnsureChannelFirstd
 
 from monai_sacb.data import PairDataset, load_pairs, load_subjects, sample, sample_dataset
-from monai_sacb.transforms import ComposeDDFd, LoadVolumed, WarpDDFd
+from monai_sacb.transforms import ComposeDDFd, LoadVolumed, WarpByDDFd
 
 pytest.importorskip("nilearn")
 
@@ -185,7 +185,7 @@ def dice(cohort: Path, compose_ddf: Callable | None) -> torch.Tensor:
     )
     pairs = PairDataset(load_subjects(cohort, "validation"), transform, progress=False)
     metric = DiceMetric(include_background=False, num_classes=4, reduction="mean_batch")
-    warped = WarpDDFd("moving_label", "warped_label", ddf_key="true_ddf", mode="nearest")
+    warped = WarpByDDFd("moving_label", "warped_label", ddf_key="true_ddf", mode="nearest")
     for pair in pairs:
         moved = pair["moving_label"] if compose_ddf is None else warped(compose_ddf(pair))["warped_label"]
         metric(moved[None].as_tensor(), pair["fixed_label"][None].as_tensor())
@@ -194,12 +194,12 @@ def dice(cohort: Path, compose_ddf: Callable | None) -> torch.Tensor:
 
 def test_true_field_lays_one_subject_on_another(cohort: Path) -> None:
     before = dice(cohort, None)
-    after = dice(cohort, ComposeDDFd(mask_key=None))
+    after = dice(cohort, ComposeDDFd(["fixed_ddf", "moving_inverse_ddf"], "true_ddf"))
     assert (after > before + 0.12).all(), (before, after)
     assert after[1:].min() > 0.78 > 0.74 > before[1:].max()
     # neither the reverse field nor one of the two alone
-    reverse = dice(cohort, ComposeDDFd("moving_ddf", "fixed_inverse_ddf", mask_key=None))
-    doubled = dice(cohort, ComposeDDFd("fixed_inverse_ddf", "moving_ddf", mask_key=None))
+    reverse = dice(cohort, ComposeDDFd(["moving_ddf", "fixed_inverse_ddf"], "true_ddf"))
+    doubled = dice(cohort, ComposeDDFd(["fixed_inverse_ddf", "moving_ddf"], "true_ddf"))
     assert reverse.mean() < before.mean() + 0.05
     assert doubled.mean() < before.mean() + 0.05
 

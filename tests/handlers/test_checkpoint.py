@@ -24,7 +24,8 @@ from monai.metrics import MAEMetric
 
 from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import BestModelSaver, LoadWeights, PairMetric, TrainingCheckpoint
-from monai_sacb.transforms import WarpDDFd
+from monai_sacb.networks.nets import SACBNet
+from monai_sacb.transforms import WarpByDDFd
 
 LOGGER = "monai_sacb.handlers.checkpoint"
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ class Training:
             val_data_loader=DataLoader(Dataset(pairs(2, seed=1)), batch_size=1),
             network=self.network,
             prepare_batch=PrepareRegistrationBatch(),
-            postprocessing=WarpDDFd("moving_image", "warped_image"),
+            postprocessing=WarpByDDFd("moving_image", "warped_image"),
             key_val_metric={"val_difference": PairMetric(MAEMetric(), ["warped_image", "fixed_image"])},
             val_handlers=[self.best_saver],
         )
@@ -609,6 +610,22 @@ def test_later_steps_do_not_change_the_file(tmp_path: Path) -> None:
             parameter.zero_()
     LoadWeights(tmp_path / "w.pt", network)()
     assert same(dict(network.state_dict()), dict(source.state_dict()))
+
+
+def test_settings_that_older_weights_do_not_have(tmp_path: Path) -> None:
+    """Whether the network is diffeomorphic is in its state, but was not always."""
+
+    def net(diffeomorphic: bool) -> SACBNet:
+        return SACBNet(2, base_channels=1, num_clusters=2, diffeomorphic=diffeomorphic)
+
+    state = net(True).state_dict()
+    torch.save(state, tmp_path / "new.pt")
+    torch.save({name: value for name, value in state.items() if name != "integration_steps"}, tmp_path / "old.pt")
+    network = net(False)
+    LoadWeights(tmp_path / "new.pt", network)()
+    assert network.integration_steps == 7 and same(dict(network.state_dict()), dict(state))
+    LoadWeights(tmp_path / "old.pt", network)()
+    assert network.integration_steps == 0
 
 
 def renamed(state: dict[str, Any]) -> dict[str, Any]:

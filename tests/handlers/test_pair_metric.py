@@ -16,7 +16,7 @@ from monai.metrics import DiceMetric, MAEMetric
 from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import PairMetric
 from monai_sacb.metrics import FieldErrorMetric, FoldsMetric
-from monai_sacb.transforms import WarpDDFd
+from monai_sacb.transforms import WarpByDDFd
 
 SHAPE = (6, 7, 8)
 NAN = float("nan")
@@ -65,7 +65,7 @@ def evaluator(
         val_data_loader=DataLoader(Dataset(data), batch_size=batch_size),
         network=Shift(),
         prepare_batch=PrepareRegistrationBatch(),
-        postprocessing=WarpDDFd("moving_label", "warped_label", mode="nearest", allow_missing_keys=True),
+        postprocessing=WarpByDDFd("moving_label", "warped_label", mode="nearest", allow_missing_keys=True),
         key_val_metric=key,
         additional_metrics=additional,
         val_handlers=list(handlers),

@@ -18,7 +18,7 @@ from monai.transforms import Compose
 
 from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import PairSaver
-from monai_sacb.transforms import DDFToDisplacementd, SaveRegistrationd, WarpDDFd
+from monai_sacb.transforms import DDFToDisplacementd, SaveRegistrationd, WarpByDDFd
 
 SHAPE = (4, 5, 6)
 
@@ -65,7 +65,7 @@ def evaluator(saver: PairSaver, data: list[dict[str, Any]], batch_size: int = 1)
         val_data_loader=DataLoader(Dataset(data), batch_size=batch_size),
         network=Shift(),
         prepare_batch=PrepareRegistrationBatch(),
-        postprocessing=WarpDDFd("moving_image", "warped_image"),
+        postprocessing=WarpByDDFd("moving_image", "warped_image"),
         val_handlers=[saver],
     )
 

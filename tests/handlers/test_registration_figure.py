@@ -18,7 +18,7 @@ from monai.metrics import DiceMetric
 
 from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import PairMetric, RegistrationFigure, registration_figure
-from monai_sacb.transforms import WarpDDFd
+from monai_sacb.transforms import WarpByDDFd
 
 
 class Shift(torch.nn.Module):
@@ -64,7 +64,7 @@ def evaluate(
         val_data_loader=DataLoader(Dataset(data), batch_size=batch_size),
         network=Shift(),
         prepare_batch=PrepareRegistrationBatch(),
-        postprocessing=WarpDDFd(
+        postprocessing=WarpByDDFd(
             ["moving_image", "moving_label"],
             ["warped_image", "warped_label"],
             mode=["bilinear", "nearest"],

@@ -24,7 +24,7 @@ from monai.metrics import DiceMetric
 from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import PairJournal, PairMetric, RegistrationTable
 from monai_sacb.metrics import FieldErrorMetric, FoldsMetric, bootstrap_interval
-from monai_sacb.transforms import WarpDDFd
+from monai_sacb.transforms import WarpByDDFd
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ def evaluate(
         val_data_loader=DataLoader(data if isinstance(data, TorchDataset) else Dataset(data), batch_size=batch_size),
         network=Shift(),
         prepare_batch=PrepareRegistrationBatch(),
-        postprocessing=WarpDDFd("moving_label", "warped_label", mode="nearest", allow_missing_keys=True),
+        postprocessing=WarpByDDFd("moving_label", "warped_label", mode="nearest", allow_missing_keys=True),
         key_val_metric={"val_folds_percent": PairMetric(FoldsMetric(), ["pred"])},
         additional_metrics={
             "val_dice": dice("warped_label", "fixed_label"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from monai.networks import copy_model_state
+
+from monai_sacb.metrics import compute_folds
 from monai_sacb.networks import load_official_checkpoint
 from monai_sacb.networks.layers import KMeans, warp
 from monai_sacb.networks.nets import SACBNet
@@ -37,6 +41,11 @@ ILL_CASES = [
     ({"num_clusters": (7, 7, 7, -1)}, r"num_clusters must be at least 1, got -1"),
     ({"num_clusters": (7, 7, 7)}, r"length 4, got 3"),
     ({"num_clusters": (7, 7, 7, 7, 7)}, r"length 4, got 5"),
+    ({"diffeomorphic": "yes"}, r"diffeomorphic must be True or False, got 'yes'"),
+    ({"diffeomorphic": 1}, r"diffeomorphic must be True or False, got 1"),
+    ({"diffeomorphic": True, "integration_steps": 0}, r"integration_steps must be a whole number of at least 1, got 0"),
+    ({"integration_steps": 2.5}, r"integration_steps must be a whole number of at least 1, got 2\.5"),
+    ({"integration_steps": True}, r"got True"),
 ]
 
 # arguments, shape of the input, message
@@ -62,6 +71,13 @@ def pair(batch: int, channels: int, spatial: tuple[int, ...], seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(batch, 2 * channels, *(size // 4 + 2 for size in spatial), generator=generator)
     return F.interpolate(x, size=spatial, mode="trilinear" if len(spatial) == 3 else "bilinear")
+
+
+class NoFlow(torch.nn.Module):
+    """In the place of the matching."""
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(fixed), fixed.dim() - 2, *fixed.shape[2:])
 
 
 class Recorder:
@@ -165,9 +181,28 @@ def match(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bt...,td->bd...", weights, torch.tensor(offsets, dtype=fixed.dtype))
 
 
+def follow(delta: torch.Tensor, ddf: torch.Tensor | None, steps: int) -> torch.Tensor:
+    """First the flow, for a unit of time where it is a velocity, then the field so far."""
+    if steps == 0:
+        return delta if ddf is None else displace(ddf, delta) + delta
+    last = torch.tensor([size - 1 for size in delta.shape[2:]], dtype=delta.dtype)
+    places = start = grid(tuple(delta.shape[2:]), delta.dtype).expand_as(delta)
+
+    def at(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        # beyond the border a field is what it is there
+        edge = last.view(1, -1, *[1] * (delta.dim() - 2))
+        return sample(field, points.clamp(min=0).minimum(edge - 1e-9))
+
+    flow = delta / 2**steps
+    for _ in range(steps):
+        flow = flow + at(flow, start + flow)
+    places = start + flow
+    return places - start if ddf is None else places + at(ddf, places) - start
+
+
 @torch.no_grad()
 def by_definition(
-    net: SACBNet, x: torch.Tensor, answers: list[Clusters], slope: float = 0.1, scaled: bool = False
+    net: SACBNet, x: torch.Tensor, answers: list[Clusters], slope: float = 0.1, scaled: bool = False, steps: int = 0
 ) -> torch.Tensor:
     """The method in plain operations, with the network's parameters and given clusters."""
     weights, dims, answers = dict(net.named_parameters()), x.dim() - 2, iter(answers)
@@ -188,7 +223,7 @@ def by_definition(
         fixed = block(fixed, weights, f"estimators.{i}.sacb", next(answers), slope)
         moving = block(moving, weights, f"estimators.{i}.sacb", next(answers), slope)
         delta = match(moving, fixed / fixed.shape[1] ** 0.5 if scaled else fixed)
-        ddf = double(delta if ddf is None else displace(ddf, delta) + delta)
+        ddf = double(follow(delta, ddf, steps))
     refined = []
     for image in (maps[1][0], displace(maps[0][0], ddf)):
         for i in range(2):
@@ -199,7 +234,7 @@ def by_definition(
         delta = unit(delta, weights, f"finest_estimator.flow.{i}", slope)
     last = "finest_estimator.flow.2.conv"
     delta = (F.conv3d if dims == 3 else F.conv2d)(delta, weights[f"{last}.weight"], weights[f"{last}.bias"], padding=1)
-    return displace(ddf, delta) + delta
+    return follow(delta, ddf, steps)
 
 
 @pytest.mark.parametrize(("arguments", "batch", "spatial"), TEST_CASES)
@@ -225,6 +260,8 @@ def test_any_size(arguments: dict, batch: int, spatial: tuple[int, ...]) -> None
         ({"spatial_dims": 2, "in_channels": 2, "negative_slope": 0.2}, 1, (32, 80)),
         ({"spatial_dims": 3, "base_channels": 2, "num_clusters": 3}, 2, (32, 48, 32)),
         ({"spatial_dims": 2, "scaled_matching": True}, 1, (48, 64)),
+        ({"spatial_dims": 2, "diffeomorphic": True}, 2, (48, 64)),
+        ({"base_channels": 2, "num_clusters": 3, "diffeomorphic": True, "integration_steps": 4}, 1, (32, 48, 32)),
     ],
 )
 def test_definition(arguments: dict, batch: int, spatial: tuple[int, ...], relative_error) -> None:
@@ -234,9 +271,9 @@ def test_definition(arguments: dict, batch: int, spatial: tuple[int, ...], relat
     with torch.no_grad():
         ddf = net(x)
     assert len(recorder.answers) == 8
-    expected = by_definition(
-        net, x, recorder.answers, arguments.get("negative_slope", 0.1), arguments.get("scaled_matching", False)
-    )
+    slope, scaled = arguments.get("negative_slope", 0.1), arguments.get("scaled_matching", False)
+    steps = arguments.get("integration_steps", 7) if arguments.get("diffeomorphic", False) else 0
+    expected = by_definition(net, x, recorder.answers, slope, scaled, steps)
     assert relative_error(ddf, expected) < 1e-5
     assert ddf.abs().max() > 1
 
@@ -422,6 +459,83 @@ def test_weights_bring_their_scale_along() -> None:
     assert len(older) == len(state) - 4
 
 
+@torch.no_grad()
+def test_weights_bring_the_integration_along(caplog: pytest.LogCaptureFixture) -> None:
+    x, arguments = pair(1, 1, (32, 48)), {"spatial_dims": 2, "base_channels": 2}
+    plain, other = make_net(**arguments), make_net(**arguments)
+    smooth = make_net(**arguments, diffeomorphic=True, integration_steps=5)
+    expected, plain_state = plain(x), plain.state_dict()
+    assert (smooth(x) - expected).abs().max() > 0.1
+    plain.load_state_dict(smooth.state_dict())
+    assert torch.equal(plain(x), smooth(x)) and plain.integration_steps == 5
+    # MONAI's way, which takes only what both have
+    copy_model_state(other, smooth)
+    assert torch.equal(other(x), smooth(x)) and "not diffeomorphic" not in caplog.text
+    # a part of a state says nothing about it
+    smooth.load_state_dict({k: v for k, v in plain_state.items() if k.startswith("encoder")}, strict=False)
+    assert smooth.integration_steps == 5
+    # weights without it, as of an older version, are of a plain network
+    older = {name: value for name, value in plain_state.items() if name != "integration_steps"}
+    assert len(older) == len(plain_state) - 1
+    for net, state in ((smooth, plain_state), (plain, older)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            net.load_state_dict(state)
+        assert torch.equal(net(x), expected)
+        assert "the weights are of a network that is not diffeomorphic" in caplog.text
+    # inside another module
+    outer, parts = torch.nn.Sequential(plain), torch.nn.Sequential(make_net(**arguments, diffeomorphic=True))
+    assert "0.integration_steps" in parts.state_dict()
+    outer.load_state_dict(parts.state_dict())
+    assert torch.equal(outer(x), parts(x)) and plain.integration_steps == 7
+    with pytest.raises(ValueError, match="integration_steps must be a whole number of at least 1, got -3"):
+        plain.load_state_dict({**plain_state, "integration_steps": torch.tensor(-3)})
+
+
+@pytest.mark.parametrize(("dims", "spatial"), [(2, (64, 96)), (3, (32, 48, 32))])
+@torch.no_grad()
+def test_diffeomorphic_fields_do_not_fold(dims: int, spatial: tuple[int, ...]) -> None:
+    """With large random weights, as far as a field can tell that is known at voxels only."""
+    x = pair(2, 1, spatial)
+    folds = {}
+    for strength in (1.0, 3.0):
+        for diffeomorphic in (False, True):
+            net = make_net(spatial_dims=dims, base_channels=2, diffeomorphic=diffeomorphic)
+            for estimator in net.estimators:
+                estimator.matching.scale.mul_(strength)
+            net.finest_estimator.flow[2].conv.weight.mul_(0.3 * strength)
+            ddf = net(x)
+            assert ddf.abs().max() > 5
+            folds[strength, diffeomorphic] = compute_folds(ddf).mean().item()
+    assert folds[1.0, False] > 0.5 and folds[1.0, True] == 0
+    assert folds[3.0, False] > 5 and folds[3.0, True] < 0.01 * folds[3.0, False]
+
+
+@pytest.mark.parametrize("diffeomorphic", [False, True])
+@torch.no_grad()
+def test_no_flow_is_the_identity(diffeomorphic: bool) -> None:
+    net = make_net(spatial_dims=2, base_channels=2, diffeomorphic=diffeomorphic)
+    net.finest_estimator.flow[2].conv.weight.zero_()
+    net.finest_estimator.flow[2].conv.bias.zero_()
+    for estimator in net.estimators:
+        estimator.matching = NoFlow()
+    assert torch.equal(net(pair(1, 1, (40, 32))), torch.zeros(1, 2, 40, 32))
+
+
+def test_gradient_passes_the_integration() -> None:
+    net, plain = (make_net(spatial_dims=2, base_channels=2, diffeomorphic=d) for d in (True, False))
+    x, gradients = pair(1, 1, (48, 40)), []
+    for network in (net, plain):
+        network(x).square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.isfinite(gradient).all(), name
+        if not name.endswith("conv.bias") or name == "finest_estimator.flow.2.conv.bias":
+            assert gradient.abs().max() > 0, name
+    name = "finest_estimator.flow.2.conv.weight"
+    assert (gradients[0][name] - gradients[1][name]).abs().max() > 0.01 * gradients[1][name].abs().max()
+
+
 def test_state_dict() -> None:
     net, x = make_net(base_channels=2), pair(1, 1, (32, 32, 32))
     torch.manual_seed(99)
@@ -457,7 +571,11 @@ def test_voxel_that_is_no_number_ends() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "spatial"),
-    [({"spatial_dims": 2}, (40, 32)), ({"base_channels": 2, "num_clusters": (2, 3, 4, 5)}, (32, 33, 20))],
+    [
+        ({"spatial_dims": 2}, (40, 32)),
+        ({"base_channels": 2, "num_clusters": (2, 3, 4, 5)}, (32, 33, 20)),
+        ({"spatial_dims": 2, "base_channels": 2, "diffeomorphic": True}, (40, 32)),
+    ],
 )
 @torch.no_grad()
 def test_script(arguments: dict, spatial: tuple[int, ...], tmp_path: Path, check_same_field) -> None:
@@ -489,9 +607,10 @@ class Halves(torch.nn.Module):
         return (2 * torch.arange(num) // num).expand(batch, num), points[:, :: num - 1]
 
 
-def test_export() -> None:
+@pytest.mark.parametrize("diffeomorphic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_export(diffeomorphic: bool) -> None:
     """In 2-D and without the passes of k-means, which are unrolled; :py:func:`test_export_default` exports all."""
-    net = make_net(spatial_dims=2, base_channels=2)
+    net = make_net(spatial_dims=2, base_channels=2, diffeomorphic=diffeomorphic)
     for estimator in net.estimators:
         estimator.sacb.clusterer = Halves()
     export_equals(net, pair(1, 1, (32, 32)))

@@ -24,7 +24,7 @@ from monai_sacb.transforms import (
     PadPaird,
     RestoreGridd,
     SaveLearn2Regd,
-    WarpDDFd,
+    WarpByDDFd,
     ddf_to_displacement,
     displacement_to_ddf,
     load_learn2reg_field,
@@ -80,7 +80,7 @@ def test_the_challenge_warps_as_we_do(tmp_path: Path, pair: Any) -> None:
     data["pred"] = field_of(tuple(data["fixed_image"].shape[1:]))
     Compose(
         [
-            WarpDDFd("moving_image", "warped"),
+            WarpByDDFd("moving_image", "warped"),
             DDFToDisplacementd(),
             RestoreGridd(["warped", "displacement"], padding_mode=["zeros", "border"]),
             found := Found(),

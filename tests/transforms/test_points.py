@@ -17,13 +17,13 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCropd, Compose, EnsureChannelFirstd, Orientationd, SpatialPadd
 
-from monai_sacb.networks.layers import warp, warp_points
+from monai_sacb.networks.layers import unwarp_points, warp, warp_points
 from monai_sacb.transforms import (
     LoadPointsd,
     LoadVolumed,
     PadPaird,
     PointsToVoxelsd,
-    WarpPointsd,
+    TransformPointsd,
     read_points,
     transform_points,
 )
@@ -129,7 +129,37 @@ def test_gradients(shape: tuple[int, ...]) -> None:
 
 
 def test_no_points() -> None:
-    assert tuple(warp_points(torch.zeros(1, 0, 3), torch.zeros(1, 3, 4, 5, 6)).shape) == (1, 0, 3)
+    for function in (warp_points, unwarp_points):
+        assert tuple(function(torch.zeros(1, 0, 3), torch.zeros(1, 3, 4, 5, 6)).shape) == (1, 0, 3)
+
+
+# ---- unwarp_points ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_there_and_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # no more than half a voxel from one to the next
+    field = torch.from_numpy(smooth_field(shape, 2))
+    steepest = max(float(field.diff(dim=axis).abs().max()) for axis in range(2, field.dim()) if field.shape[axis] > 1)
+    field = 0.3 * field / steepest
+    # some of them outside the grid
+    points = torch.from_numpy(np.random.default_rng(1).uniform(-2, np.array(shape) + 1, (2, 40, len(shape)))).to(dtype)
+    there = warp_points(points, field)
+    assert (there - points).norm(dim=2).mean() > 0.05
+    back = unwarp_points(there, field)
+    assert back.dtype == dtype
+    torch.testing.assert_close(back, points, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-8)
+
+
+def test_linear_map_is_undone_at_points() -> None:
+    matrix = torch.tensor([[1.1, 0.2], [-0.3, 0.8]], dtype=torch.float64)
+    voxels = torch.from_numpy(np.indices((30, 30))).double()
+    field = (torch.einsum("ij,jhw->ihw", matrix, voxels) - voxels)[None]
+    points = torch.from_numpy(np.random.default_rng(1).uniform(5, 20, (1, 20, 2)))
+    found = unwarp_points(points @ matrix.T, field, num_steps=60)
+    torch.testing.assert_close(found, points, rtol=0, atol=1e-6)
+    assert (unwarp_points(points @ matrix.T, field, num_steps=1) - points).abs().max() > 0.1
 
 
 ILL_ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -144,8 +174,13 @@ ILL_ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "batches": (lambda: warp_points(torch.zeros(2, 4, 3), torch.zeros(1, 3, 4, 5, 6)), r"\[2, 4, 3\]"),
     "field of other channels": (lambda: warp_points(torch.zeros(1, 4, 3), torch.zeros(1, 2, 4, 5, 6)), r"\[1, 2, 4, 5"),
     "field without batch": (lambda: warp_points(torch.zeros(1, 4, 3), torch.zeros(3, 4, 5, 6)), r"\[3, 4, 5, 6\]"),
+    "batches back": (lambda: unwarp_points(torch.zeros(2, 4, 3), torch.zeros(1, 3, 4, 5, 6)), r"\[2, 4, 3\]"),
+    "no steps back": (lambda: unwarp_points(torch.zeros(1, 4, 3), torch.zeros(1, 3, 4, 5, 6), 0), r"got 0"),
+    "inverse": (lambda: TransformPointsd(inverse="yes"), r"inverse must be True or False, got 'yes'"),
+    "no steps": (lambda: TransformPointsd(num_steps=0), r"num_steps must be a whole number of at least 1, got 0"),
+    "half a step": (lambda: TransformPointsd(num_steps=0.5), r"got 0\.5"),
     "dimensions": (lambda: read_points("x.csv", 4), r"spatial_dims must be 2 or 3, got 4"),
-    "outputs": (lambda: WarpPointsd(["a", "b"], "c"), r"one output key"),
+    "outputs": (lambda: TransformPointsd(["a", "b"], "c"), r"one output key"),
     "voxel outputs": (lambda: PointsToVoxelsd("a", "b", ["c", "d"]), r"one output key"),
     "voxel references": (lambda: PointsToVoxelsd(["a", "b"], "b", ["c", "d"]), r"one reference key"),
 }
@@ -157,7 +192,9 @@ def test_ill_arguments(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("transform", [LoadPointsd(), PointsToVoxelsd(), WarpPointsd()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "transform", [LoadPointsd(), PointsToVoxelsd(), TransformPointsd()], ids=lambda t: type(t).__name__
+)
 def test_missing_keys(transform: Any) -> None:
     with pytest.raises(KeyError, match="points"):
         transform({"image": 1})
@@ -346,7 +383,7 @@ def test_error_is_that_of_the_challenge(tmp_path: Path, moving: str, fixed: str,
     offset = (np.array(data["fixed_image"].shape[1:]) - NATIVE) // 2
     field = smooth_field(tuple(data["fixed_image"].shape[1:]))[0]
     data["pred"] = torch.from_numpy(field).float()
-    data = WarpPointsd(output_keys="before", ddf_key=None)(WarpPointsd()(PointsToVoxelsd()(data)))
+    data = TransformPointsd(output_keys="before", ddf_key=None)(TransformPointsd()(PointsToVoxelsd()(data)))
     native = field[(slice(None), *(slice(o, o + n) for o, n in zip(offset, NATIVE)))]
     shifts = np.stack([map_coordinates(c, fixed_voxels.T, order=1) for c in native], -1)
     spacing = np.linalg.norm(GEOMETRIES[moving][:3, :3], axis=0)
@@ -381,7 +418,7 @@ def test_true_field_leaves_no_error(tmp_path: Path) -> None:
     data = PointsToVoxelsd()(data)
     partners = data["fixed_landmarks"].double().numpy() @ matrix.T + shift
     data["moving_points"] = transform_points(torch.from_numpy(partners), data["moving_image"].affine)
-    data = WarpPointsd(output_keys="before", ddf_key=None)(WarpPointsd()(data))
+    data = TransformPointsd(output_keys="before", ddf_key=None)(TransformPointsd()(data))
     assert (data["warped_points"] - data["moving_points"]).norm(dim=1).max() < 1e-3
     assert (data["before"] - data["moving_points"]).norm(dim=1).min() > 0.5
 
@@ -389,4 +426,77 @@ def test_true_field_leaves_no_error(tmp_path: Path) -> None:
 def test_points_that_are_not_loaded_are_passed_over() -> None:
     data = {"moving_points": "/d/a.csv", "fixed_points": ["/d/b.csv"], "pred": torch.zeros(3, 4, 5, 6)}
     assert PointsToVoxelsd()(data) == data
-    assert WarpPointsd()(data) == data
+    assert TransformPointsd()(data) == data
+    assert TransformPointsd(inverse=True)(data) == data
+
+
+# ---- TransformPointsd, both directions ----
+
+
+def known_pair(shape: tuple[int, ...], fixed: str, moving: str) -> dict[str, Any]:
+    """A smooth field, not steep, between grids that lie differently; points of the fixed image and their partners."""
+    dims = len(shape)
+    noise = np.random.default_rng(0).standard_normal((dims, *shape))
+    field = np.stack([gaussian_filter(component, 4) for component in noise])
+    field *= 0.8 / field.std()
+    affines = {name: GEOMETRIES[geometry] for name, geometry in (("fixed", fixed), ("moving", moving))}
+    data: dict[str, Any] = {"pred": torch.from_numpy(field).float()}
+    for name, affine in affines.items():
+        data[f"{name}_image"] = MetaTensor(torch.zeros(1, *shape), affine=torch.from_numpy(affine))
+    voxels = np.random.default_rng(3).uniform(2, np.array(shape) - 3, (30, dims))
+    partners = voxels + np.stack([map_coordinates(c, voxels.T, order=1) for c in field], -1)
+    for name, places in (("fixed", voxels), ("moving", partners)):
+        data[f"{name}_points"] = transform_points(torch.from_numpy(places), torch.from_numpy(affines[name])).float()
+    return data
+
+
+PAIRS_OF_GRIDS = [("RAS", "RAS"), ("LIA", "oblique ASL"), ("oblique", "RPS")]
+
+
+@pytest.mark.parametrize(("fixed", "moving"), PAIRS_OF_GRIDS)
+def test_both_directions(fixed: str, moving: str, caplog: pytest.LogCaptureFixture) -> None:
+    data = known_pair((16, 15, 17), fixed, moving)
+    forth = TransformPointsd()(data)["warped_points"]
+    np.testing.assert_allclose(forth, data["moving_points"], atol=2e-3)
+    back = TransformPointsd("moving_points", "back", inverse=True)(data)["back"]
+    np.testing.assert_allclose(back, data["fixed_points"], atol=5e-3)
+    assert back.dtype == forth.dtype == torch.float32 and not caplog.records
+    # neither direction is the other
+    wrong = TransformPointsd("moving_points", "w", inverse=False)(data)["w"]
+    assert (wrong - data["fixed_points"]).norm(dim=1).min() > 0.3
+    # without a field the voxels stay, whatever the direction
+    start = TransformPointsd("moving_points", "start", ddf_key=None, inverse=True)(data)["start"]
+    matrix = GEOMETRIES[fixed] @ np.linalg.inv(GEOMETRIES[moving])
+    np.testing.assert_allclose(start, apply_affine(matrix, data["moving_points"].double().numpy()), atol=2e-3)
+
+
+def test_points_travel_with_the_image_content() -> None:
+    """A bright spot of the moving image lies, in the warped image, where its point is carried to by the inverse."""
+    shape = (18, 17, 19)
+    data = known_pair(shape, "LIA", "oblique ASL")
+    voxels = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1)
+    for spot in ([6.0, 9.0, 8.0], [11.0, 7.0, 12.0]):
+        distance = ((voxels - np.array(spot)) ** 2).sum(-1)
+        blob = MetaTensor(torch.from_numpy(np.exp(-distance / 3))[None].float(), affine=data["moving_image"].affine)
+        places = transform_points(torch.tensor([spot]).double(), data["moving_image"].affine)
+        result = TransformPointsd("p", "q", inverse=True)({**data, "p": places})
+        warped = warp(blob.as_tensor()[None], data["pred"][None])[0, 0].numpy()
+        centre = (warped[..., None] * voxels).sum((0, 1, 2)) / warped.sum()
+        found = transform_points(result["q"], torch.linalg.inv(data["fixed_image"].affine))[0].numpy()
+        # the spot is deformed, too
+        assert np.linalg.norm(found - centre) < 0.25
+        assert np.linalg.norm(np.array(spot) - centre) > 0.5
+
+
+def test_slices_both_directions() -> None:
+    data = known_pair((20, 18), "RAS", "RAS")
+    back = TransformPointsd("moving_points", "back", inverse=True)(data)["back"]
+    np.testing.assert_allclose(back, data["fixed_points"], atol=1e-3)
+
+
+def test_points_without_a_partner_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    data = known_pair((16, 15, 17), "RAS", "RAS")
+    # it folds: steps of several voxels up and down
+    data["pred"] = 4 * torch.sin(2 * torch.arange(17.0)).expand(3, 16, 15, 17)
+    TransformPointsd("moving_points", "back", inverse=True)(data)
+    assert "of 30 moving_points have no partner within 0.1 voxel; the worst is off by" in caplog.text

@@ -35,7 +35,7 @@ from monai_sacb.transforms import (
     PadPaird,
     RestoreGridd,
     SaveRegistrationd,
-    WarpDDFd,
+    WarpByDDFd,
     save_displacement,
 )
 
@@ -149,7 +149,7 @@ def register(subjects: list[dict[str, str]], output_dir: Path, spatial_size: int
     results = ["warped_image", "warped_label", "displacement"]
     postprocessing = Compose(
         [
-            WarpDDFd(["moving_source", "moving_label"], results[:2], mode=["bilinear", "nearest"]),
+            WarpByDDFd(["moving_source", "moving_label"], results[:2], mode=["bilinear", "nearest"]),
             DDFToDisplacementd(),
             RestoreGridd(results, mode=["bilinear", "nearest", "bilinear"], padding_mode=["zeros", "zeros", "border"]),
             SaveRegistrationd(output_dir),
@@ -186,7 +186,7 @@ def warped_by_itk(moving: str, field: str) -> np.ndarray:
     displacement = itk.imread(field, itk.Vector[itk.F, 3])
     image = itk.imread(moving, itk.F)
     warp = itk.WarpImageFilter[type(image), type(image), type(displacement)].New(
-        Input=image, DisplacementField=displacement
+        Input=image, PhysicalField=displacement
     )
     warp.SetOutputParametersFromImage(displacement)
     warp.Update()

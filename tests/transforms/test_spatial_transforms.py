@@ -24,13 +24,12 @@ from monai.transforms import (
 )
 
 from monai_sacb.transforms import (
-    ComposeDDFd,
     DDFToDisplacementd,
     FieldOfViewd,
     LoadVolumed,
     PadPaird,
     RestoreGridd,
-    WarpDDFd,
+    WarpByDDFd,
     ddf_to_displacement,
     warp_labels,
 )
@@ -220,7 +219,7 @@ def test_a_pair_has_two_images(missing: str) -> None:
         PadPaird()(data)
 
 
-# ---- WarpDDFd ----
+# ---- WarpByDDFd ----
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
@@ -237,7 +236,7 @@ def test_warped_as_scipy_does(moving: tuple[int, ...], fixed: tuple[int, ...], m
         "fixed_image": image(fixed, GEOMETRIES["oblique"], seed=2, name="fixed.nii.gz"),
         "pred": torch.from_numpy(ddf),
     }
-    warped = WarpDDFd("moving_image", "warped_image", mode=mode, padding_mode=padding_mode)(data)["warped_image"]
+    warped = WarpByDDFd("moving_image", "warped_image", mode=mode, padding_mode=padding_mode)(data)["warped_image"]
     places = np.indices(fixed) + ddf
     expected = map_coordinates(
         data["moving_image"].numpy()[0].astype(np.float64),
@@ -261,7 +260,7 @@ def test_several_keys_with_modes_of_their_own() -> None:
     label = torch.randint(0, 200, (1, 5, 6, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     two = torch.rand(2, 5, 6, 7)
     data = {"a": two, "b": label, "field": ddf, "fixed_image": image((5, 6, 7))}
-    transform = WarpDDFd(
+    transform = WarpByDDFd(
         ["a", "b", "c"], ["x", "y", "z"], "field", mode=["bilinear", "nearest", "nearest"], allow_missing_keys=True
     )
     result = transform(data)
@@ -303,7 +302,7 @@ def test_labels_warped_as_one_map_each(shape: tuple[int, ...], dtype: torch.dtyp
     nearest = map_coordinates(label, places, order=0, mode="grid-constant")
     assert (nearest != expected)[clear].mean() > 0.03
     reference = image(shape)
-    result = WarpDDFd("l", "w", mode="label")(
+    result = WarpByDDFd("l", "w", mode="label")(
         {"l": tensor, "pred": torch.from_numpy(ddf).float(), "fixed_image": reference}
     )
     assert torch.equal(result["w"].as_tensor(), warped[0])
@@ -331,7 +330,7 @@ def test_outside_is_background() -> None:
 
 def test_warped_image_has_a_geometry_of_its_own() -> None:
     data = {"moving_image": image((4, 4, 4)), "fixed_image": image((4, 4, 4), seed=1), "pred": torch.zeros(3, 4, 4, 4)}
-    warped = WarpDDFd("moving_image", "warped_image")(data)["warped_image"]
+    warped = WarpByDDFd("moving_image", "warped_image")(data)["warped_image"]
     warped.affine = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0]))
     warped.meta["filename_or_obj"] = "other.nii.gz"
     np.testing.assert_array_equal(data["fixed_image"].affine, np.eye(4))
@@ -341,24 +340,24 @@ def test_warped_image_has_a_geometry_of_its_own() -> None:
 def test_plain_reference_gives_plain_result() -> None:
     moving = torch.rand(1, 4, 4)
     data = {"moving_image": moving, "fixed_image": torch.rand(1, 4, 4), "pred": torch.zeros(2, 4, 4)}
-    warped = WarpDDFd("moving_image", "warped_image")(data)["warped_image"]
+    warped = WarpByDDFd("moving_image", "warped_image")(data)["warped_image"]
     assert type(warped) is torch.Tensor
     torch.testing.assert_close(warped, moving)
 
 
 PAIR = {"m": torch.rand(1, 4, 4, 4), "l": torch.rand(1, 4, 4, 4), "fixed_image": image((4, 4, 4))}
 ILL_WARPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "one output for two keys": (lambda: WarpDDFd(["m", "l"], ["w"]), ValueError, r"2.*1|'w'"),
-    "one output name for two keys": (lambda: WarpDDFd(["m", "l"], "w"), ValueError, r"2.*1|w"),
-    "two outputs for one key": (lambda: WarpDDFd("m", ["w", "x"]), ValueError, r"1.*2|'x'"),
-    "modes": (lambda: WarpDDFd(["m", "l"], ["w", "x"], mode=["nearest"] * 3), ValueError, r"2.*3|nearest"),
+    "one output for two keys": (lambda: WarpByDDFd(["m", "l"], ["w"]), ValueError, r"2.*1|'w'"),
+    "one output name for two keys": (lambda: WarpByDDFd(["m", "l"], "w"), ValueError, r"2.*1|w"),
+    "two outputs for one key": (lambda: WarpByDDFd("m", ["w", "x"]), ValueError, r"1.*2|'x'"),
+    "modes": (lambda: WarpByDDFd(["m", "l"], ["w", "x"], mode=["nearest"] * 3), ValueError, r"2.*3|nearest"),
     "unknown mode": (
-        lambda: WarpDDFd("m", "w", mode="cubic")({**PAIR, "pred": torch.zeros(3, 4, 4, 4)}),
+        lambda: WarpByDDFd("m", "w", mode="cubic")({**PAIR, "pred": torch.zeros(3, 4, 4, 4)}),
         ValueError,
         r"'cubic'",
     ),
     "unknown padding": (
-        lambda: WarpDDFd("m", "w", padding_mode="wrap")({**PAIR, "pred": torch.zeros(3, 4, 4, 4)}),
+        lambda: WarpByDDFd("m", "w", padding_mode="wrap")({**PAIR, "pred": torch.zeros(3, 4, 4, 4)}),
         ValueError,
         r"'wrap'",
     ),
@@ -368,12 +367,12 @@ ILL_WARPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"\[1, 2, 4, 4\]",
     ),
     "field of a slice": (
-        lambda: WarpDDFd("m", "w")({**PAIR, "pred": torch.zeros(2, 4, 4)}),
+        lambda: WarpByDDFd("m", "w")({**PAIR, "pred": torch.zeros(2, 4, 4)}),
         ValueError,
         r"\[1, 2, 4, 4\]",
     ),
-    "no field": (lambda: WarpDDFd("m", "w")(PAIR), KeyError, r"pred"),
-    "no image": (lambda: WarpDDFd("n", "w")({**PAIR, "pred": torch.zeros(3, 4, 4, 4)}), KeyError, r"n"),
+    "no field": (lambda: WarpByDDFd("m", "w")(PAIR), KeyError, r"pred"),
+    "no image": (lambda: WarpByDDFd("n", "w")({**PAIR, "pred": torch.zeros(3, 4, 4, 4)}), KeyError, r"n"),
 }
 
 
@@ -381,85 +380,6 @@ ILL_WARPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_ill_formed_warps(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-# ---- ComposeDDFd ----
-
-
-def linear_field(matrix: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    """The field of ``p -> matrix (p - c) + c`` with c the centre of the grid."""
-    centre = (np.array(shape) - 1).reshape(-1, *[1] * len(shape)) / 2
-    voxels = np.indices(shape) - centre
-    return torch.from_numpy(np.einsum("ij,j...->i...", matrix, voxels) - voxels).float()
-
-
-@pytest.mark.parametrize("shape", [(12, 14), (10, 12, 14)], ids=str)
-def test_linear_maps_are_multiplied(shape: tuple[int, ...]) -> None:
-    dims = len(shape)
-    rng = np.random.default_rng(0)
-    # the fixed subject to the template shrinks towards the centre, so that the template's grid is not left
-    to_template = 0.8 * np.eye(dims) + 0.05 * rng.standard_normal((dims, dims))
-    to_moving = np.eye(dims) + 0.1 * rng.standard_normal((dims, dims))
-    affine = torch.from_numpy(GEOMETRIES["oblique"])
-    data = {
-        "fixed_ddf": MetaTensor(linear_field(to_template, shape), affine=affine, meta={"filename_or_obj": "f"}),
-        "moving_inverse_ddf": linear_field(to_moving, shape),
-        # of these nothing is used
-        "fixed_inverse_ddf": torch.full((dims, *shape), 50.0),
-        "moving_ddf": torch.full((dims, *shape), 50.0),
-        "fixed_image": torch.rand(1, *shape),
-    }
-    result = ComposeDDFd()(data)
-    assert result.keys() == {"fixed_image", "true_ddf"}
-    expected = linear_field(to_moving @ to_template, shape)
-    torch.testing.assert_close(result["true_ddf"].as_tensor(), expected, atol=1e-4, rtol=0)
-    # not in the other order
-    assert (result["true_ddf"].as_tensor() - linear_field(to_template @ to_moving, shape)).abs().max() > 0.02
-    assert torch.equal(result["true_ddf"].affine, affine)
-    assert len(data) == 5
-
-
-def test_masked_voxels_do_not_count() -> None:
-    label = torch.zeros(1, 5, 6, 7, dtype=torch.uint8)
-    label[0, 1:3, 2, 3:6] = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    data = {
-        "fixed_ddf": torch.full((3, 5, 6, 7), 0.5),
-        "moving_inverse_ddf": torch.full((3, 5, 6, 7), 0.25),
-        "fixed_label": label,
-        "moving_label": 1 - label.clamp(max=1),
-    }
-    ddf = ComposeDDFd()(data)["true_ddf"]
-    assert torch.equal(torch.isfinite(ddf), (label > 0).expand(3, -1, -1, -1))
-    assert (ddf[torch.isfinite(ddf)] == 0.75).all()
-    for unmasked in (ComposeDDFd(mask_key=None)(data), ComposeDDFd(mask_key="absent")(data)):
-        assert (unmasked["true_ddf"] == 0.75).all()
-    assert torch.equal(
-        torch.isfinite(ComposeDDFd(mask_key="moving_label", output_key="x")(data)["x"])[0], label[0] == 0
-    )
-
-
-INCOMPLETE: dict[str, dict[str, Any]] = {
-    "no fields": {},
-    "only the fixed field": {"fixed_ddf": torch.ones(3, 4, 4, 4)},
-    "only the moving inverse field": {"moving_inverse_ddf": torch.ones(3, 4, 4, 4)},
-    "the other two": {"moving_ddf": torch.ones(3, 4, 4, 4), "fixed_inverse_ddf": torch.ones(3, 4, 4, 4)},
-    "paths": {"fixed_ddf": "f.nii.gz", "moving_inverse_ddf": "m.nii.gz"},
-    "one path": {"fixed_ddf": torch.ones(3, 4, 4, 4), "moving_inverse_ddf": "m.nii.gz"},
-}
-
-
-@pytest.mark.parametrize("fields", INCOMPLETE.values(), ids=INCOMPLETE)
-def test_nothing_to_compose(fields: dict[str, Any]) -> None:
-    data = {"fixed_image": torch.rand(1, 4, 4, 4), "fixed_label": torch.ones(1, 4, 4, 4), **fields}
-    result = ComposeDDFd()(data)
-    assert result.keys() == {"fixed_image", "fixed_label"}
-    assert result["fixed_image"] is data["fixed_image"]
-
-
-def test_fields_on_different_grids_are_refused() -> None:
-    data = {"fixed_ddf": torch.zeros(3, 4, 4, 4), "moving_inverse_ddf": torch.zeros(2, 4, 4)}
-    with pytest.raises(ValueError, match=r"\[1, 2, 4, 4\]"):
-        ComposeDDFd()(data)
 
 
 # ---- ddf_to_displacement ----

@@ -10,9 +10,21 @@ from torch import nn
 from monai_sacb.networks.blocks.conv_norm_act import ConvNormAct, SameConv
 from monai_sacb.networks.blocks.sacb_block import SACBlock
 from monai_sacb.networks.blocks.similarity_matching import SimilarityMatching
-from monai_sacb.networks.layers import compose, warp
+from monai_sacb.networks.layers import compose, exponential, warp
 
 __all__ = ["ConvFlowEstimator", "MatchingFlowEstimator"]
+
+
+def _added(delta: torch.Tensor, ddf: torch.Tensor | None, integration_steps: int) -> torch.Tensor:
+    """The flow of this level, integrated where there are steps to do so, and then the field so far, if any."""
+    padding_mode = "zeros"
+    if integration_steps > 0:
+        delta = exponential(delta, integration_steps)
+        # a field that ends at the border of the grid would fold there
+        padding_mode = "border"
+    if ddf is not None:
+        delta = compose(delta, ddf, padding_mode=padding_mode)
+    return delta
 
 
 class MatchingFlowEstimator(nn.Module):
@@ -25,6 +37,7 @@ class MatchingFlowEstimator(nn.Module):
         spatial_dims: 2 or 3.
         negative_slope: slope of the LeakyReLU activations.
         scaled_matching: divide the feature products of the matching by the square root of ``channels``.
+        integration_steps: squarings by which the flow of this level is integrated as a velocity; 0 takes it as it is.
 
     Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
     """
@@ -36,8 +49,10 @@ class MatchingFlowEstimator(nn.Module):
         spatial_dims: int = 3,
         negative_slope: float = 0.1,
         scaled_matching: bool = False,
+        integration_steps: int = 0,
     ) -> None:
         super().__init__()
+        self.integration_steps = integration_steps
         self.sacb = SACBlock(channels, num_clusters, spatial_dims, negative_slope)
         self.matching = SimilarityMatching(window=3, scale=channels**-0.5 if scaled_matching else 1.0)
 
@@ -56,9 +71,7 @@ class MatchingFlowEstimator(nn.Module):
         fixed = self.sacb(fixed)
         moving = self.sacb(moving)
         delta = self.matching(moving, fixed)
-        if ddf is not None:
-            delta = compose(delta, ddf, padding_mode="zeros")
-        return delta
+        return _added(delta, ddf, self.integration_steps)
 
 
 class ConvFlowEstimator(nn.Module):
@@ -69,12 +82,16 @@ class ConvFlowEstimator(nn.Module):
         channels: channels of the feature maps.
         spatial_dims: 2 or 3.
         negative_slope: slope of the LeakyReLU activations.
+        integration_steps: as for :py:class:`MatchingFlowEstimator`.
 
     Source: Cheng et al., SACB-Net, CVPR 2025, section 3.
     """
 
-    def __init__(self, channels: int, spatial_dims: int = 3, negative_slope: float = 0.1) -> None:
+    def __init__(
+        self, channels: int, spatial_dims: int = 3, negative_slope: float = 0.1, integration_steps: int = 0
+    ) -> None:
         super().__init__()
+        self.integration_steps = integration_steps
         self.refine = nn.Sequential(
             ConvNormAct(spatial_dims, channels, channels, negative_slope),
             ConvNormAct(spatial_dims, channels, channels, negative_slope),
@@ -102,6 +119,4 @@ class ConvFlowEstimator(nn.Module):
         # a field in half precision is off by tenths of a voxel
         if delta.dtype != torch.float64:
             delta = delta.float()
-        if ddf is not None:
-            delta = compose(delta, ddf, padding_mode="zeros")
-        return delta
+        return _added(delta, ddf, self.integration_steps)

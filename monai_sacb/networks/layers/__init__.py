@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adaptive_conv import cluster_adaptive_conv
 from .clustering import KMeans, kmeans
-from .fields import compose, exponential, invert, reference_grid, warp, warp_points
+from .fields import compose, exponential, invert, reference_grid, unwarp_points, warp, warp_points
 from .norm_act import instance_norm_leaky_relu
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "invert",
     "kmeans",
     "reference_grid",
+    "unwarp_points",
     "warp",
     "warp_points",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["compose", "exponential", "invert", "reference_grid", "warp", "warp_points"]
+__all__ = ["compose", "exponential", "invert", "reference_grid", "unwarp_points", "warp", "warp_points"]
 
 
 def reference_grid(spatial_shape: list[int], device: torch.device) -> torch.Tensor:
@@ -97,6 +97,34 @@ def warp_points(points: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
     grid = grid.view(*grid.shape[:2], *[1] * (dims - 1), dims)
     moved = F.grid_sample(ddf.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=True)
     return (places + moved.flatten(2).transpose(1, 2)).to(points.dtype)
+
+
+def unwarp_points(points: torch.Tensor, ddf: torch.Tensor, num_steps: int = 100) -> torch.Tensor:
+    """
+    Carry points of the moving image to their places in the fixed image: the p with ``p + ddf(p) = point``.
+
+    By fixed-point iteration ``p <- point - ddf(p)``, which converges where the field is a contraction (no folds and
+    moderate stretching). The field between and outside voxels is as for :py:func:`warp_points`.
+
+    Args:
+        points: ``(B, N, d)``, voxels of the moving grid.
+        ddf: ``(B, d, *spatial)`` in voxels of the fixed grid, pull-back, channel i along array axis i.
+        num_steps: number of iterations.
+
+    Returns:
+        ``(B, N, d)``, voxels of the fixed grid, of the type of the points.
+
+    Raises:
+        ValueError: When the shapes do not belong together or ``num_steps`` is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    # half precision cannot tell neighbouring points apart
+    targets = points if points.dtype == torch.float64 else points.float()
+    places = targets
+    for _ in range(num_steps):
+        places = targets - (warp_points(places, ddf) - places)
+    return places.to(points.dtype)
 
 
 def compose(first: torch.Tensor, second: torch.Tensor, padding_mode: str = "border") -> torch.Tensor:

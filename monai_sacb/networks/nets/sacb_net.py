@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,11 @@ from monai_sacb.networks.blocks import ConvFlowEstimator, MatchingFlowEstimator
 from monai_sacb.networks.nets.feature_pyramid import FeaturePyramidEncoder
 
 __all__ = ["SACBNet"]
+
+
+def _check_steps(integration_steps: int) -> None:
+    if isinstance(integration_steps, bool) or not isinstance(integration_steps, Integral) or integration_steps < 1:
+        raise ValueError(f"integration_steps must be a whole number of at least 1, got {integration_steps!r}.")
 
 
 class SACBNet(nn.Module):
@@ -36,9 +44,18 @@ class SACBNet(nn.Module):
             slower. The setting is part of the state: weights bring along what they were trained with.
         use_checkpoint: keep only what passes between the levels in training and compute the rest, the clustering
             too, once more for the gradient: less memory, more time.
+        diffeomorphic: take the flow of each level for a stationary velocity and integrate it by scaling and squaring
+            (:py:func:`monai_sacb.networks.layers.exponential`) before it is composed with the field so far; the paper
+            does not. Fields hardly fold then, unless the flow of the finest level is as rough as noise, but each level
+            costs ``integration_steps`` more warps of a field. The setting is part of the state as well, and a whole
+            state without it is of a plain network; weights that make a diffeomorphic network plain are warned of.
+        integration_steps: number of squarings, at least 1; without effect unless ``diffeomorphic``.
 
     Raises:
         ValueError: When an argument is out of its range.
+
+    Attributes:
+        optional_state: entries of a state dict that older states do not have.
 
     Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025.
 
@@ -51,6 +68,8 @@ class SACBNet(nn.Module):
 
     """
 
+    optional_state = ("integration_steps",)
+
     def __init__(
         self,
         spatial_dims: int = 3,
@@ -60,26 +79,57 @@ class SACBNet(nn.Module):
         negative_slope: float = 0.1,
         scaled_matching: bool = False,
         use_checkpoint: bool = False,
+        diffeomorphic: bool = False,
+        integration_steps: int = 7,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        if not isinstance(diffeomorphic, bool):
+            raise ValueError(f"diffeomorphic must be True or False, got {diffeomorphic!r}.")
+        _check_steps(integration_steps)
         # ensure_tuple_rep refuses a sequence that is not of one number per level
         clusters = ensure_tuple_rep(num_clusters, 4)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.use_checkpoint = use_checkpoint
+        # 0: flows are taken as they are
+        self.integration_steps = integration_steps if diffeomorphic else 0
         self.encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
         channels = self.encoder.channels
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
             [
-                MatchingFlowEstimator(width, k, spatial_dims, negative_slope, scaled_matching)
+                MatchingFlowEstimator(width, k, spatial_dims, negative_slope, scaled_matching, self.integration_steps)
                 for width, k in zip(reversed(channels[1:]), reversed(clusters))
             ]
         )
-        self.finest_estimator = ConvFlowEstimator(channels[0], spatial_dims, negative_slope)
+        self.finest_estimator = ConvFlowEstimator(channels[0], spatial_dims, negative_slope, self.integration_steps)
         self.upsample_mode = "trilinear" if spatial_dims == 3 else "bilinear"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # no buffer: what decides about operations must be known when they are recorded
+        destination[f"{prefix}integration_steps"] = torch.tensor(self.integration_steps)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = f"{prefix}integration_steps"
+        rest = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(rest, prefix, *args)
+        # a part of a state, such as an encoder's, says nothing by leaving it out
+        if name in state_dict or all(f"{prefix}{key}" in state_dict for key, _ in self.named_parameters()):
+            self._set_steps(int(state_dict.get(name, 0)))
+
+    def _set_steps(self, integration_steps: int) -> None:
+        if integration_steps != 0:
+            _check_steps(integration_steps)
+        elif self.integration_steps > 0:
+            logging.getLogger(__name__).warning(
+                "the weights are of a network that is not diffeomorphic: now this one is not either."
+            )
+        self.integration_steps = integration_steps
+        for estimator in (*self.estimators, self.finest_estimator):
+            estimator.integration_steps = integration_steps
 
     def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
         """The same field on a grid of twice the size, in that grid's voxels."""

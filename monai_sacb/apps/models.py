@@ -1,0 +1,133 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Finding a registration network by name or path, and setting it up as its bundle says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from monai.bundle import ConfigParser
+
+from monai_sacb.apps.bundle_copy import bundle_source
+from monai_sacb.utils import file_digest
+
+__all__ = ["RegistrationModel", "available_models", "find_model"]
+
+
+@dataclass(frozen=True)
+class RegistrationModel:
+    """
+    A network with the bundle that says how to use it.
+
+    Args:
+        name: what to call it; ``"none"`` for no network.
+        bundle_root: folder with ``configs/inference.json``.
+        weights: file of the weights; None for no network.
+        sha256: digest of that file.
+        settings: entries of the configs that these weights go with, from the ``.json`` beside them.
+    """
+
+    name: str
+    bundle_root: Path
+    weights: Path | None = None
+    sha256: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def parser(self, **overrides: Any) -> ConfigParser:
+        """
+        The configs ``inference.json`` and ``register.json`` of the bundle.
+
+        Args:
+            overrides: entries to set.
+        """
+        files = []
+        for name in ("inference.json", "register.json"):
+            # a bundle of somebody else's has no settings for two files as they come
+            own = self.bundle_root / "configs" / name
+            files.append(str(own if own.is_file() else bundle_source() / "configs" / name))
+        parser = ConfigParser()
+        parser.read_config(files)
+        entries = {**self.settings, "bundle_root": str(self.bundle_root), "ckpt_path": str(self.weights), **overrides}
+        for key, value in entries.items():
+            parser[key] = value
+        return parser
+
+    def network(self, parser: ConfigParser, device: torch.device) -> nn.Module | None:
+        """The network with its weights, in evaluation mode; None for no network."""
+        if self.weights is None:
+            return None
+        parser["device"] = device
+        network: nn.Module = parser.get_parsed_content("network")
+        parser.get_parsed_content("weights_loader")()
+        return network.eval()
+
+
+def _models_folder() -> Path:
+    return bundle_source() / "models"
+
+
+def available_models() -> list[str]:
+    """Names of the models that came with the package."""
+    return sorted(path.stem for path in _models_folder().glob("*.pt"))
+
+
+def _with_card(name: str, bundle_root: Path, weights: Path) -> RegistrationModel:
+    digest = file_digest(weights)
+    card: Any = {}
+    path = weights.with_suffix(".json")
+    if path.is_file():
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
+        if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
+            raise ValueError(f"'{path}' is not the card of a model: it must be an object, perhaps with 'settings'.")
+        expected = card.get("sha256")
+        if expected is not None and expected != digest:
+            raise ValueError(f"'{weights}' is not the file that '{path}' describes: its SHA-256 is {digest}.")
+        code = [key for key, value in card.get("settings", {}).items() if "$" in json.dumps(value)]
+        if code:
+            raise ValueError(f"'{path}' has settings with expressions, which are not run: {code}.")
+    return RegistrationModel(name, bundle_root, weights, digest, card.get("settings", {}))
+
+
+def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
+    """
+    The model of a name or path.
+
+    Args:
+        model: ``"none"``; a name among :py:func:`available_models`; a file of weights of the network of
+            ``inference.json``; or a folder of a bundle with ``configs/inference.json`` and ``models/model.pt``. Beside
+            weights, a ``.json`` of the same name may hold their ``sha256``, which is checked, and ``settings`` to
+            use them with, such as ``{"working_grid#spacing": 2.0}``.
+
+    Raises:
+        FileNotFoundError: When there is no such model.
+        ValueError: When the file beside the weights is broken or does not belong to them.
+    """
+    name = os.fspath(model)
+    if name.lower() == "none":
+        return RegistrationModel("none", bundle_source())
+    path = Path(name)
+    if path.is_dir():
+        root, weights = path.resolve(), path.resolve() / "models" / "model.pt"
+        if not (root / "configs" / "inference.json").is_file() or not weights.is_file():
+            raise FileNotFoundError(f"'{name}' is no bundle: it lacks configs/inference.json or models/model.pt.")
+        return _with_card(root.name, root, weights)
+    if path.is_file():
+        return _with_card(path.stem, bundle_source(), path.resolve())
+    names = available_models()
+    if name in names:
+        return _with_card(name, bundle_source(), _models_folder() / f"{name}.pt")
+    known = ", ".join([*names, "none"])
+    raise FileNotFoundError(
+        f"there is no model '{name}': give one of {known}, a file of weights, or a bundle's folder."
+    )

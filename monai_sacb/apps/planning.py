@@ -1,0 +1,76 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a registration would do, before it is done."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from monai_sacb.apps.pair_reading import PairFiles, read_affine, read_pair
+from monai_sacb.apps.registration import RegistrationOptions, Setting
+from monai_sacb.data.working_grid import make_working_grid
+
+__all__ = ["plan_registration"]
+
+
+def plan_registration(files: PairFiles, options: RegistrationOptions, setting: Setting) -> dict[str, Any]:
+    """
+    Read and check the files of a pair and say what registering them would do.
+
+    Args:
+        files: what belongs to the pair.
+        options: how to register.
+        setting: the model.
+
+    Returns:
+        grids, stages, and the expected seconds and memory: estimates from the numbers ``costs`` of ``register.json``,
+        for one thread of a usual processor.
+    """
+    source = options.affine_source
+    moving, fixed = read_pair(files, aligned=source == "aligned")
+    # without the affine stage it is not known where the moving image will lie: about where the fixed one is
+    affine = read_affine(options.affine) if source == "given" else torch.eye(4, dtype=torch.float64)
+    foreground, other = (fixed, moving) if source != "estimated" else (fixed, fixed)
+    grid = make_working_grid(
+        fixed.grid,
+        foreground.foreground,
+        other.grid,
+        other.foreground,
+        affine,
+        **setting.parser.get_parsed_content("working_grid"),
+    )
+    costs = setting.parser.get_parsed_content("costs")
+    working, native = math.prod(grid.shape), math.prod(fixed.grid.shape) + math.prod(moving.grid.shape)
+    network = setting.model.weights is not None
+    seconds = {
+        "affine": costs["affine_seconds"] if source == "estimated" else 0.0,
+        "network": costs["network_seconds_per_million"] * working / 1e6 if network else 0.0,
+        "refinement": costs["refinement_seconds_per_million"] * setting.refine * working / 1e6,
+        "files": costs["file_seconds_per_million"] * native / 1e6,
+    }
+    memory = costs["base_mb"] + costs["native_mb_per_million"] * native / 1e6
+    peak = costs["network_mb_per_million"] if network else 0.0
+    memory += max(peak, costs["refinement_mb_per_million"]) * working / 1e6
+    stages = [
+        {"estimated": "affine: estimated by mutual information", "aligned": "affine: none, the headers count"}.get(
+            source, f"affine: '{options.affine}'"
+        ),
+        f"network: {setting.model.name}",
+        f"refinement: {setting.refine} steps" if setting.refine else "refinement: none",
+    ]
+    return {
+        "fixed": {"path": fixed.path, "shape": list(fixed.grid.shape), "spacing_mm": _rounded(fixed.grid.spacing)},
+        "moving": {"path": moving.path, "shape": list(moving.grid.shape), "spacing_mm": _rounded(moving.grid.spacing)},
+        "working_grid": {"shape": list(grid.shape), "spacing_mm": _rounded(grid.spacing)},
+        "stages": stages,
+        "device": str(setting.device),
+        "expected_seconds": round(sum(seconds.values()), 1),
+        "expected_memory_mb": round(memory),
+    }
+
+
+def _rounded(values: tuple[float, ...]) -> list[float]:
+    return [round(value, 3) for value in values]

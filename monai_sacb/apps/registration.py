@@ -1,0 +1,318 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Registering two image files as they come."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from monai.bundle import ConfigParser
+
+from monai_sacb.apps.models import RegistrationModel, find_model
+from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_metrics, local_similarity
+from monai_sacb.apps.pair_outputs import OUTPUT_FILES, Outputs, check_by_itk, output_folder, write_outputs
+from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
+from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_registration
+from monai_sacb.apps.working_pair import WorkingPair
+from monai_sacb.data.spatial_mapping import SpatialMapping
+from monai_sacb.networks.layers import warp
+from monai_sacb.visualize.report import write_report
+
+__all__ = ["RegistrationOptions", "RegistrationResult", "register_files"]
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("reading", "affine", "network", "refinement", "inverse", "writing", "checking", "report")
+
+
+@dataclass(frozen=True)
+class RegistrationOptions:
+    """How to register; see :py:func:`monai_sacb.apps.register`."""
+
+    model: str = "none"
+    affine: str = "true"
+    refine: int | None = None
+    fill: float | None = None
+    keep_dtype: bool = False
+    seed: int = 0
+    num_threads: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.refine is not None and self.refine < 0:
+            raise ValueError(f"refine must be at least 0, got {self.refine}.")
+        if self.fill is not None and not math.isfinite(self.fill):
+            raise ValueError(f"fill must be finite, got {self.fill}.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to {2**31 - 1}, got {self.seed}.")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, got {self.num_threads}.")
+        if not self.affine:
+            raise ValueError("affine must be true, false or the file of a transform, got ''.")
+
+    @property
+    def affine_source(self) -> str:
+        """``"estimated"``, ``"aligned"`` or ``"given"``."""
+        return {"true": "estimated", "false": "aligned"}.get(self.affine.lower(), "given")
+
+
+@dataclass(frozen=True)
+class RegistrationResult:
+    """
+    What came of one pair.
+
+    Args:
+        output_dir: folder of the files.
+        verdict: ``"good"``, ``"check"`` or ``"failed"``.
+        reasons: why, in sentences.
+        metrics: content of ``metrics.json``.
+        files: paths by what they are.
+        mapping: from the fixed image's space to the moving image's, RAS millimetres.
+        inverse: from the moving image's space to the fixed image's.
+    """
+
+    output_dir: str
+    verdict: str
+    reasons: list[str]
+    metrics: dict[str, Any]
+    files: dict[str, str]
+    mapping: SpatialMapping
+    inverse: SpatialMapping
+
+
+class _Clock:
+    """Seconds of the stages, shown as a bar."""
+
+    def __init__(self, name: str) -> None:
+        self.seconds: dict[str, float] = {}
+        # on a terminal only
+        self.bar = tqdm(total=len(STAGES), desc=name, disable=None, bar_format="{desc} |{bar}| {postfix} {elapsed}")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        logger.info(f"{name}: {self.seconds[name]:.1f} s")
+        self.bar.update()
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with everything its bundle says about how to use it."""
+
+    model: RegistrationModel
+    parser: ConfigParser
+    device: torch.device
+    refine: int
+
+    @classmethod
+    def of(cls, options: RegistrationOptions) -> Setting:
+        """Find the model and read its configs; raises where there is none."""
+        model = find_model(options.model)
+        parser = model.parser()
+        try:
+            device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device '{options.device}' cannot be used: {reason}") from error
+        alone = model.weights is None
+        default = parser["refine_alone" if alone else "refine_after_network"]
+        refine = int(default) if options.refine is None else options.refine
+        # the refinement is a stage of its own here
+        parser["refine"] = 0
+        return cls(model, parser, device, refine)
+
+
+def _affine_stage(setting: Setting, options: RegistrationOptions, moving: Subject, fixed: Subject) -> torch.Tensor:
+    source = options.affine_source
+    if source == "aligned":
+        return torch.eye(4, dtype=torch.float64)
+    if source == "given":
+        return read_affine(options.affine)
+    setting.parser["affine_stage#seed"] = options.seed
+    estimate = setting.parser.get_parsed_content("affine_stage")
+    affine: torch.Tensor = estimate(moving.image, fixed.image, moving_mask=moving.mask, fixed_mask=fixed.mask)
+    return affine
+
+
+def _find_ddf(setting: Setting, pair: WorkingPair, clock: _Clock) -> torch.Tensor:
+    """The DDF ``(3, *grid)`` in voxels of the working grid."""
+    moving, fixed = (image[None].to(setting.device) for image in (pair.moving, pair.fixed))
+    ddf = torch.zeros(1, 3, *pair.grid.shape, device=setting.device)
+    with clock.stage("network"):
+        network = setting.model.network(setting.parser, setting.device)
+        if network is not None:
+            with torch.inference_mode():
+                ddf = setting.parser.get_parsed_content("inferer")(torch.cat([moving, fixed], 1), network)
+    with clock.stage("refinement"):
+        if setting.refine > 0:
+            # masks that hold everywhere would only cost time
+            masks = {
+                f"{role}_mask": mask[None].float().to(setting.device)
+                for role, mask in (("moving", pair.moving_mask), ("fixed", pair.fixed_mask))
+                if not bool(mask.all())
+            }
+            refinement = setting.parser.get_parsed_content("refinement")
+            ddf = refinement(moving, fixed, ddf, iterations=setting.refine, **masks)
+    return ddf[0].float().cpu()
+
+
+def _numbers(pair: WorkingPair, ddf: torch.Tensor, outputs: Outputs, moving: Subject, fixed: Subject) -> dict[str, Any]:
+    identity = torch.eye(4, dtype=torch.float64)
+    stages = {"before": SpatialMapping(), "affine": SpatialMapping([pair.affine]), "after": outputs.mapping}
+    warped = warp(pair.moving[None], ddf[None])[0]
+    metrics: dict[str, Any] = {
+        "similarity": {
+            "measure": "local NCC",
+            "before": local_similarity(pair.moved(identity), pair.fixed, pair.foreground),
+            "affine": local_similarity(pair.moving, pair.fixed, pair.foreground),
+            "after": local_similarity(warped, pair.fixed, pair.foreground),
+        }
+    }
+    if moving.label is not None and fixed.label is not None:
+        metrics["dice"] = compare_labels(moving.label, fixed.label, stages)
+    if moving.points is not None and fixed.points is not None:
+        metrics["landmarks_mm"] = compare_points(moving.points.positions, fixed.points.positions, stages)
+    return {**metrics, **field_metrics(outputs)}
+
+
+def _sidecar(
+    files: PairFiles,
+    options: RegistrationOptions,
+    setting: Setting,
+    pair: WorkingPair,
+    written: Mapping[str, str],
+) -> dict[str, Any]:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).resolve())
+
+    def described(subject: Subject) -> dict[str, Any]:
+        return {"path": subject.path, "shape": list(subject.grid.shape), "affine": subject.grid.affine.tolist()}
+
+    model = setting.model
+    versions = {name: version(name) for name in ("monai", "torch", "itk", "numpy")}
+    return {
+        "format": 1,
+        "direction": "pull-back: fixed to moving",
+        "units": "mm",
+        "frame": "LPS",
+        "fixed": described(pair.fixed_subject),
+        "moving": described(pair.moving_subject),
+        **{key: absolute(getattr(files, key)) for key in files.__dataclass_fields__ if key not in ("fixed", "moving")},
+        "stages": ["displacement", "affine"],
+        "affine": pair.affine.tolist(),
+        "affine_frame": "RAS",
+        "affine_source": options.affine_source,
+        "model": None if model.weights is None else {"name": model.name, "sha256": model.sha256},
+        "refine": setting.refine,
+        "seed": options.seed,
+        "device": str(setting.device),
+        "working_grid": {
+            "shape": list(pair.grid.shape),
+            "affine": pair.grid.affine.tolist(),
+            "spacing": list(pair.grid.spacing),
+        },
+        "files": dict(written),
+        "versions": {"monai_sacb": version("monai-sacb"), **versions, "python": platform.python_version()},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def register_files(
+    files: PairFiles, output_dir: str | os.PathLike[str], options: RegistrationOptions, setting: Setting | None = None
+) -> RegistrationResult:
+    """
+    Register one pair of files; see :py:func:`monai_sacb.apps.register`.
+
+    Args:
+        files: what belongs to the pair.
+        output_dir: where the results go.
+        options: how to register.
+        setting: the model, where it is at hand already.
+    """
+    setting = Setting.of(options) if setting is None else setting
+    target = Path(output_dir)
+    inputs = [Path(path).resolve() for path in vars(files).values() if path is not None]
+    clash = [path for path in inputs if path.parent == target.resolve() and path.name in OUTPUT_FILES]
+    if clash:
+        raise ValueError(f"output_dir '{target}' holds the input '{clash[0].name}', which the results would replace.")
+    clock = _Clock(target.name)
+    with output_folder(target) as folder, _threads(options.num_threads):
+        with clock.stage("reading"):
+            moving, fixed = read_pair(files, aligned=options.affine_source == "aligned")
+        with clock.stage("affine"):
+            affine = _affine_stage(setting, options, moving, fixed)
+            scale, grid_options = (
+                setting.parser.get_parsed_content(key) for key in ("scale_intensity", "working_grid")
+            )
+            pair = WorkingPair(moving, fixed, affine, scale, grid_options)
+        logger.info(f"working grid: {pair.grid.shape} voxels of {tuple(round(s, 3) for s in pair.grid.spacing)} mm")
+        ddf = _find_ddf(setting, pair, clock)
+        with clock.stage("inverse"):
+            outputs = Outputs(moving, fixed, pair.displacement(ddf), affine)
+        with clock.stage("writing"):
+            written = write_outputs(outputs, folder, options.fill, options.keep_dtype)
+        with clock.stage("checking"):
+            metrics = _numbers(pair, ddf, outputs, moving, fixed)
+            background = moving.background if options.fill is None else options.fill
+            tolerance = float(setting.parser["self_check_tolerance"])
+            metrics["self_check"] = check_by_itk(outputs, folder, background, tolerance)
+            thresholds = VerdictThresholds.of(setting.parser["thresholds"])
+            verdict, reasons = judge_registration(metrics, thresholds)
+        written |= {"transform_json": "transform.json", "metrics": "metrics.json", "report": "report.html"}
+        _write_json(_sidecar(files, options, setting, pair, written), folder / "transform.json")
+        metrics = {"verdict": verdict, "reasons": reasons, **metrics}
+        metrics |= {"thresholds": asdict(thresholds), "seconds": clock.seconds, "peak_memory_mb": _peak_memory_mb()}
+        _write_json(metrics, folder / "metrics.json")
+        with clock.stage("report"):
+            write_report(folder, check_metrics(metrics, thresholds))
+    clock.bar.close()
+    return RegistrationResult(
+        str(target),
+        verdict,
+        reasons,
+        metrics,
+        {key: str(target / name) for key, name in written.items()},
+        outputs.mapping,
+        outputs.inverse,
+    )

@@ -1,0 +1,82 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Two images on the grid that they are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from monai.data import MetaTensor
+
+from monai_sacb.apps.pair_reading import Subject
+from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping, resample_volume
+from monai_sacb.data.working_grid import make_working_grid, resample_to_working_grid
+from monai_sacb.utils import plain_tensor
+
+__all__ = ["WorkingPair"]
+
+
+class WorkingPair:
+    """
+    Both images on the grid that they are compared on.
+
+    Args:
+        moving, fixed: the two subjects.
+        affine: ``(4, 4)``, RAS millimetres, from the fixed image's space to the moving image's.
+        scale_intensity: dictionary transform that brings the entry ``image`` to [0, 1].
+        grid_options: arguments of :py:func:`monai_sacb.data.make_working_grid`.
+
+    Raises:
+        ValueError: When the images have no voxel in common to be compared.
+    """
+
+    def __init__(
+        self,
+        moving: Subject,
+        fixed: Subject,
+        affine: torch.Tensor,
+        scale_intensity: Callable[[dict[str, Any]], Any],
+        grid_options: Mapping[str, Any],
+    ) -> None:
+        self.moving_subject, self.fixed_subject, self.affine = moving, fixed, affine
+        self.grid = make_working_grid(
+            fixed.grid, fixed.foreground, moving.grid, moving.foreground, affine, **grid_options
+        )
+        self._scale_intensity = scale_intensity
+        identity = torch.eye(4, dtype=torch.float64)
+        self.fixed = self._scale(resample_to_working_grid(fixed.image, identity, self.grid, fixed.background))
+        self.moving = self.moved(affine)
+        # nearest, and nothing outside
+        self.foreground = self._sampled(fixed.foreground, fixed.grid, identity)
+        self.fixed_mask = self._compared(fixed, identity)
+        self.moving_mask = self._compared(moving, affine)
+        if not bool((self.fixed_mask & self.moving_mask).any()):
+            raise ValueError(
+                f"moving '{moving.path}' and fixed '{fixed.path}' have nothing in common after the affine stage"
+                f"{' inside the masks' if moving.mask is not None or fixed.mask is not None else ''}."
+            )
+
+    def _compared(self, subject: Subject, affine: torch.Tensor) -> torch.Tensor:
+        """Where a subject has been measured, and its mask holds."""
+        measured = torch.ones_like(subject.foreground) if subject.mask is None else plain_tensor(subject.mask) != 0
+        return self._sampled(measured, subject.grid, affine)
+
+    def _scale(self, image: MetaTensor) -> torch.Tensor:
+        return plain_tensor(self._scale_intensity({"image": image})["image"]).float()
+
+    def moved(self, affine: torch.Tensor) -> torch.Tensor:
+        """The moving image through an affine, scaled."""
+        moving = self.moving_subject
+        return self._scale(resample_to_working_grid(moving.image, affine, self.grid, moving.background))
+
+    def _sampled(self, mask: torch.Tensor, grid: Grid, affine: torch.Tensor) -> torch.Tensor:
+        volume = MetaTensor(mask.to(torch.uint8), affine=grid.affine)
+        return plain_tensor(resample_volume(volume, SpatialMapping([affine]), self.grid, mode="nearest")) > 0
+
+    def displacement(self, ddf: torch.Tensor) -> PhysicalField:
+        """A DDF ``(3, *grid.shape)`` in voxels of the grid, as RAS millimetres."""
+        matrix = self.grid.affine[:3, :3].float()
+        return PhysicalField(torch.einsum("ij,jdhw->idhw", matrix, ddf.float().cpu()), self.grid.affine)
