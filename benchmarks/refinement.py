@@ -60,7 +60,7 @@ def read_subjects(folder: Path) -> list[dict[str, torch.Tensor]]:
 def mean_dice(warped: torch.Tensor, fixed: torch.Tensor, labels: Sequence[int]) -> float:
     """Mean over the labels that either image has."""
     first, second = (x.long().flatten() for x in (warped, fixed))
-    size = 1 + int(max(first.max(), second.max(), max(labels)))
+    size = 1 + max(int(first.max()), int(second.max()), *labels)
     both = torch.bincount(first[first == second], minlength=size).double()
     total = torch.bincount(first, minlength=size).double() + torch.bincount(second, minlength=size)
     return float((2 * both / total)[list(labels)].nanmean())

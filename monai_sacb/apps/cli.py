@@ -125,8 +125,8 @@ def _exit_code(result: Any) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    """One line that says what is wrong: of errors wrapped into others, the first."""
-    while error.__cause__ is not None:
+    """One line that says what is wrong: of an error that MONAI's configs have wrapped, the first."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OSError) and error.strerror:

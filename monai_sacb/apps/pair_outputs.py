@@ -62,8 +62,8 @@ def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     """
     A temporary folder beside the output folder, whose files take their place in it once all are written.
 
-    Files of an earlier registration in the output folder are replaced, others stay. If anything fails before, the output
-    folder is as it was.
+    Files of an earlier registration in the output folder are replaced, others stay. If anything fails before, the
+    output folder is as it was.
 
     Args:
         output_dir: the output folder; it is made where it is missing.
@@ -183,9 +183,9 @@ def write_outputs(
         files["warped_label"] = "warped_label.nii.gz"
         label = resample_volume(moving.label, outputs.mapping, fixed.grid, mode="label")
         write_volume(label, folder / files["warped_label"])
-    for key, mapping, field, grid in (
-        ("", outputs.mapping, outputs.field, fixed.grid),
-        ("inverse_", outputs.inverse, outputs.inverse_field, moving.grid),
+    for key, mapping, grid in (
+        ("", outputs.mapping, fixed.grid),
+        ("inverse_", outputs.inverse, moving.grid),
     ):
         files[f"{key}displacement"] = f"{key}displacement.nii.gz"
         write_displacement(mapping.flatten(grid), folder / files[f"{key}displacement"])

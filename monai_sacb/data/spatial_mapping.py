@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mappings of physical space, and images looked up through them as ITK looks them up.
 
-Everything here is in RAS millimetres and pulls back: a mapping takes a place in the fixed image's space to its partner in
-the moving image's space. Grids and images are 3-D.
+Everything here is in RAS millimetres and pulls back: a mapping takes a place in the fixed image's space to its partner
+in the moving image's space. Grids and images are 3-D.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Grid(NamedTuple):
         return Grid((depth, height, width), self.affine @ scale)
 
     def places(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The places of all voxels in RAS millimetres, ``(N, 3)``, in pieces, each with its slices along the first axis."""
+        """The places of all voxels, RAS millimetres, ``(N, 3)``, in pieces, each with its slices along axis 0."""
         depth, height, width = self.shape
         step = max(1, CHUNK // max(1, height * width))
         for start in range(0, depth, step):
@@ -333,8 +333,8 @@ def resample_volume(
         fill: what lies outside the image.
 
     Returns:
-        ``(C, *grid.shape)`` with the affine of the grid; float32 if linear (float64 of float64), else of the type of the
-        image. It keeps no other meta data.
+        ``(C, *grid.shape)`` with the affine of the grid; float32 if linear (float64 of float64), else of the type of
+        the image. It keeps no other meta data.
     """
     to_voxels = torch.linalg.inv(Grid.of(image).affine)
     volume = plain_tensor(image)
@@ -367,8 +367,8 @@ def invert_mapping(
         tolerance: millimetres; a place is done when it moves less.
 
     Returns:
-        the displacement w such that ``y -> affine⁻¹(y + w(y))`` is the inverse, and the error of each voxel in the fixed
-        space, ``(*grid.shape)`` in millimetres: NaN where the inverse leads out of the field's grid.
+        the displacement w such that ``y -> affine⁻¹(y + w(y))`` is the inverse, and the error of each voxel in the
+        fixed space, ``(*grid.shape)`` in millimetres: NaN where the inverse leads out of the field's grid.
 
     Raises:
         ValueError: When a number is out of its range.

@@ -34,7 +34,9 @@ class _Pair(NamedTuple):
     fixed_mask: torch.Tensor | None
 
     def at(self, spatial_shape: Sequence[int]) -> _Pair:
-        return _Pair(*(None if x is None else resample_image(x, spatial_shape) for x in self))
+        images = (resample_image(x, spatial_shape) for x in (self.moving, self.fixed))
+        masks = (None if x is None else resample_image(x, spatial_shape) for x in (self.moving_mask, self.fixed_mask))
+        return _Pair(*images, *masks)
 
 
 class _Objective(NamedTuple):
@@ -208,7 +210,8 @@ def refine_multiscale(
     cheap. A level of factor f weighs the regularization f times: coarse images are to give the large motion only. At
     the end, the objective of the given field and of the result are compared at full resolution, and the better of the
     two is returned: it is never worse than at the start. Every pair of a batch is treated alone. The same input gives
-    the same bits on a CPU; on a GPU, gradients of interpolation add up in an order that varies.
+    the same bits on a CPU; on a GPU, gradients of interpolation add up in an order that varies. With the default
+    similarity, about 270 bytes per voxel are needed beside the arguments, whatever the number of steps and of pairs.
 
     Args:
         moving: ``(B, C, *spatial)``, 2-D or 3-D, at least 5 voxels along every axis; intensities should lie in [0, 1].

@@ -57,3 +57,14 @@ def registered(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registered") / "out"
     register(**pair._asdict(), output_dir=str(folder), refine=40, affine="false")
     return folder
+
+
+@pytest.fixture
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty page in place of the report, whose pictures take seconds."""
+    from monai_sacb.apps import registration
+
+    def write(folder: Path, checks: object) -> None:
+        (folder / "report.html").write_text("<p>report</p>")
+
+    monkeypatch.setattr(registration, "write_report", write)

@@ -15,8 +15,12 @@ def blobs(points: np.ndarray) -> np.ndarray:
     """A smooth object about 60 mm wide around the origin of space, ``(..., 3)`` RAS mm -> intensity in 0..100."""
     x, y, z = np.moveaxis(points, -1, 0)
     body = 1 / (1 + np.exp((np.sqrt((x / 26) ** 2 + (y / 30) ** 2 + (z / 24) ** 2) - 1) * 12))
-    texture = 0.55 + 0.25 * np.sin(x / 5 + 1) * np.cos(y / 6) + 0.2 * np.sin(z / 4.5 + y / 9)
-    return 100 * body * texture
+    rng = np.random.default_rng(0)
+    texture = np.full(x.shape, 0.5)
+    for centre, sign in zip(rng.uniform(-26, 26, (250, 3)), rng.choice([-0.4, 0.4], 250)):
+        texture += sign * np.exp(-((points - centre) ** 2).sum(-1) / (2 * 2.8**2))
+    # nothing at all outside, as around a stripped brain
+    return np.where(body > 0.02, 100 * body * texture.clip(0, 1), 0)
 
 
 def structures(points: np.ndarray) -> np.ndarray:

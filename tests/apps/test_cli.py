@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import pickle
@@ -245,8 +246,9 @@ def test_words_become_what_the_function_takes(
     seen: dict[str, Any] = {}
 
     @functools.wraps(cli.register)
-    def register(**options: Any) -> str:
-        seen.update(options)
+    def register(*values: Any, **options: Any) -> str:
+        # fire passes some by position
+        seen.update(inspect.signature(cli.COMMANDS["register"]).bind(*values, **options).arguments)
         return "done"
 
     monkeypatch.setitem(cli.COMMANDS, "register", register)
@@ -262,6 +264,7 @@ def pair_arguments(pair: Pair, output: str) -> list[str]:
 
 @pytest.mark.parametrize(("verdict", "code"), [("good", 0), ("check", 0), ("failed", 3)])
 def test_verdict_is_the_exit_code(
+    quick_report: None,
     pair: Pair,
     own_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -277,7 +280,9 @@ def test_verdict_is_the_exit_code(
     assert (own_folder / "2024_01" / "warped.nii.gz").is_file()
 
 
-def test_many_pairs_end_with_a_table(pair: Pair, own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_pairs_end_with_a_table(
+    quick_report: None, pair: Pair, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (own_folder / "pairs.csv").write_text(f"fixed,moving\n{pair.fixed},{pair.moving}\n{pair.fixed},gone.nii\n")
     assert exit_code(["register", "--pairs=pairs.csv", "--output_dir=out", "--affine=false", "--refine=1"]) == 2
     lines = capsys.readouterr().out.splitlines()
