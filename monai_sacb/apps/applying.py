@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from monai_sacb.data.volumes import read_label_volume, read_volume, write_volume
 from monai_sacb.utils import plain_tensor
 
 __all__ = ["apply", "load_mappings"]
+
+logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = ("linear", "nearest", "label")
 # share of neighbouring voxels of one value, background left out: structures are solid, images are not
@@ -118,13 +121,17 @@ def apply(
     """
     if interpolation is not None and interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got '{interpolation}'.")
+    transform, input, output = str(transform), str(input), str(output)
     if not Path(input).exists():
         raise FileNotFoundError(f"input '{input}' does not exist.")
     if Path(output).is_dir():
         raise IsADirectoryError(f"output '{output}' is a folder; a file is needed.")
+    suffixes = POINT_SUFFIXES if _is_points(input) else (".nii", ".nii.gz")
+    if not output.lower().endswith(suffixes):
+        raise ValueError(f"output '{output}' must end in {', '.join(suffixes)}.")
     forward, backward = load_mappings(transform)
     if _is_points(input):
-        given = {"reference": reference, "interpolation": interpolation, "fill": fill}
+        given = {"reference": reference, "interpolation": interpolation, "fill": fill, "keep_dtype": keep_dtype or None}
         unused = [name for name, value in given.items() if value is not None]
         if unused:
             raise ValueError(f"{unused[0]} has no meaning for points.")
@@ -144,7 +151,10 @@ def apply(
     image = read_volume(input, "input", allow_constant=True)
     as_label = _is_label_map(image) if interpolation is None else interpolation == "label"
     mode = interpolation or ("label" if as_label else "linear")
+    logger.info(f"'{input}' is taken for {'a label map' if as_label else 'an image'}; interpolation: {mode}.")
     if as_label:
+        if fill is not None and fill != int(fill):
+            raise ValueError(f"fill must be a whole number for a label map, got {fill}.")
         label = read_label_volume(input, "input")
         write_volume(resample_volume(label, mapping, grid, mode, 0.0 if fill is None else fill), output)
         return output

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import signal
@@ -25,6 +24,7 @@ from monai_sacb.apps.registering import PairsResult, register
 from monai_sacb.apps.registration import RegistrationResult
 from monai_sacb.apps.reporting import report
 from monai_sacb.data import convert_pickled_folder
+from monai_sacb.utils import json_text
 from monai_sacb.version import __version__
 
 __all__ = ["main"]
@@ -115,7 +115,7 @@ def _shown(result: Any) -> str:
         return "\n".join(lines)
     if isinstance(result, (PairsResult, Evaluation)):
         return result.table()
-    return json.dumps(result, indent=2) if isinstance(result, Mapping) else str(result)
+    return json_text(result) if isinstance(result, Mapping) else str(result)
 
 
 def _exit_code(result: Any) -> int:
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"monai-sacb: {_sentence(error)}\n")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        sys.stderr.write("monai-sacb: interrupted; nothing was written.\n")
+        sys.stderr.write("monai-sacb: interrupted; nothing is left half-written.\n")
         sys.exit(INTERRUPTED)
     code = _exit_code(result)
     if code:

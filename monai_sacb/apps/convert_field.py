@@ -137,7 +137,7 @@ def convert(
     _check_output(output, target)
     source = source or _kind_of_file(input)
     fixed_grid, moving_grid = (
-        None if path is None else Grid.of(read_volume(path, f"{role} image"))
+        None if path is None else Grid.of(read_volume(path, f"{role} image", allow_constant=True))
         for role, path in (("fixed", fixed), ("moving", moving))
     )
     mapping = _read(input, source, fixed_grid, moving_grid)

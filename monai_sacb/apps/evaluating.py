@@ -18,7 +18,7 @@ from monai_sacb.data.point_files import read_point_set
 from monai_sacb.data.spatial_mapping import Grid, PointMapping, SpatialMapping, resample_volume
 from monai_sacb.data.volumes import read_label_volume
 from monai_sacb.metrics import compute_label_dice, compute_label_hausdorff
-from monai_sacb.utils import plain_tensor, replacing
+from monai_sacb.utils import plain_tensor, write_json
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -51,9 +51,12 @@ def _read_names(path: str | None) -> dict[int, str]:
         return {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {int(key): str(value) for key, value in content.items()}
+        names = {int(key): str(value) for key, value in content.items()}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'names \'{path}\' must be a JSON file of an object {{"id": "name"}}.') from error
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"names '{path}' gives one name to several labels.")
+    return names
 
 
 def _compare(
@@ -146,6 +149,5 @@ def evaluate(
             )
         result["landmarks_mm"] = compare_points(*sets, {"before": SpatialMapping(), "after": forward})
     if output is not None:
-        with replacing(output) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(result, output)
     return result

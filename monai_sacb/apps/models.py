@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from monai.bundle import ConfigParser
@@ -20,6 +19,10 @@ from monai_sacb.apps.bundle_copy import bundle_source
 from monai_sacb.utils import file_digest
 
 __all__ = ["RegistrationModel", "available_models", "find_model"]
+
+
+# entries of the configs that a file beside weights may set
+SETTINGS = ("network_def", "working_grid", "refine_alone", "refine_after_network", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,22 @@ class RegistrationModel:
             parser[key] = value
         return parser
 
-    def network(self, parser: ConfigParser, device: torch.device) -> nn.Module | None:
-        """The network with its weights, in evaluation mode; None for no network."""
+    def network(self, parser: ConfigParser) -> nn.Module | None:
+        """The network with its weights, on the parser's device, in evaluation mode; None for no network."""
         if self.weights is None:
             return None
-        parser["device"] = device
         network: nn.Module = parser.get_parsed_content("network")
         parser.get_parsed_content("weights_loader")()
         return network.eval()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of a config is nothing that MONAI would run, look up or load."""
+    if isinstance(value, str):
+        return not value.startswith(("$", "@", "%"))
+    if isinstance(value, Mapping):
+        return all(not str(key).startswith("_") and _is_plain(entry) for key, entry in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else True
 
 
 def _models_folder() -> Path:
@@ -93,9 +104,12 @@ def _with_card(name: str, bundle_root: Path, weights: Path) -> RegistrationModel
         expected = card.get("sha256")
         if expected is not None and expected != digest:
             raise ValueError(f"'{weights}' is not the file that '{path}' describes: its SHA-256 is {digest}.")
-        code = [key for key, value in card.get("settings", {}).items() if "$" in json.dumps(value)]
-        if code:
-            raise ValueError(f"'{path}' has settings with expressions, which are not run: {code}.")
+        for key, value in card.get("settings", {}).items():
+            if key.split("#")[0] not in SETTINGS or not _is_plain(value):
+                raise ValueError(
+                    f"'{path}' has the setting '{key}', which is refused: settings are plain values for "
+                    f"{', '.join(SETTINGS)}."
+                )
     return RegistrationModel(name, bundle_root, weights, digest, card.get("settings", {}))
 
 
@@ -116,6 +130,9 @@ def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
     name = os.fspath(model)
     if name.lower() == "none":
         return RegistrationModel("none", bundle_source())
+    names = available_models()
+    if name in names:
+        return _with_card(name, bundle_source(), _models_folder() / f"{name}.pt")
     path = Path(name)
     if path.is_dir():
         root, weights = path.resolve(), path.resolve() / "models" / "model.pt"
@@ -124,9 +141,6 @@ def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
         return _with_card(root.name, root, weights)
     if path.is_file():
         return _with_card(path.stem, bundle_source(), path.resolve())
-    names = available_models()
-    if name in names:
-        return _with_card(name, bundle_source(), _models_folder() / f"{name}.pt")
     known = ", ".join([*names, "none"])
     raise FileNotFoundError(
         f"there is no model '{name}': give one of {known}, a file of weights, or a bundle's folder."

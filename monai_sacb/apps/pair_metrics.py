@@ -95,7 +95,9 @@ def field_metrics(outputs: Outputs) -> dict[str, Any]:
     """
     How regular a mapping is, how far it moves, how well its inverse undoes it, and how much of the image it finds.
 
-    ``jacobian`` and ``folds_percent`` are of all voxels of the fixed image, the others of its foreground.
+    ``jacobian`` and ``folds_percent`` are of all voxels of the fixed image, ``inverse_residual_mm`` of those of the
+    inverse (forward after inverse), the others of the fixed image's foreground. ``inverse_consistency_mm`` is of the
+    inverse after the mapping, between the voxels of the inverse.
     """
     fixed, moving = outputs.fixed, outputs.moving
     voxels = fixed.foreground[0].nonzero()
@@ -114,6 +116,7 @@ def field_metrics(outputs: Outputs) -> dict[str, Any]:
         "jacobian": _quantiles(jacobian, {"min": 0.0, "p1": 0.01, "median": 0.5, "p99": 0.99, "max": 1.0}),
         "displacement_mm": _quantiles(moved, {"median": 0.5, "p99": 0.99, "max": 1.0}),
         "inverse_consistency_mm": _quantiles(residual, {"median": 0.5, "p95": 0.95, "max": 1.0}),
+        "inverse_residual_mm": _quantiles(outputs.inverse_errors.flatten(), {"median": 0.5, "p95": 0.95, "max": 1.0}),
         "overlap_percent": 100.0 * float(inside.double().mean()),
         "extent_mm": float((box[1] - box[0]).norm()),
     }

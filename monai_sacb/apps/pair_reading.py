@@ -45,7 +45,7 @@ class Subject:
     Args:
         role: ``"fixed"`` or ``"moving"``.
         path: absolute path of the image.
-        image: ``(1, D, H, W)``, float32 unless it is a double.
+        image: ``(1, D, H, W)``, float32.
         foreground: ``(1, D, H, W)``, bool, where the image is not background.
         background: value of what lies outside.
         label: label map on the grid of the image.
@@ -105,13 +105,14 @@ def _read_subject(role: str, image: str, label: str | None, points: str | None, 
     )
 
 
-def read_pair(files: PairFiles, aligned: bool = False) -> tuple[Subject, Subject]:
+def read_pair(files: PairFiles, affine: torch.Tensor | None = None) -> tuple[Subject, Subject]:
     """
     Read and check a pair.
 
     Args:
         files: paths.
-        aligned: whether the images are to be where their headers say, so that they must overlap.
+        affine: ``(4, 4)``, RAS millimetres, from the fixed image's space to the moving image's, where one is given.
+            By it, or else by the headers, the fields of view must overlap.
 
     Returns:
         the moving and the fixed subject.
@@ -129,8 +130,11 @@ def read_pair(files: PairFiles, aligned: bool = False) -> tuple[Subject, Subject
                 f"moving_points '{files.moving_points}' has {numbers[0]} points, but fixed_points "
                 f"'{files.fixed_points}' has {numbers[1]}; they are paired by their order."
             )
-    if aligned:
-        check_overlap(moving.image, fixed.image)
+    placed = moving.image
+    if affine is not None:
+        placed = placed.clone()
+        placed.affine = torch.linalg.inv(affine) @ moving.grid.affine
+    check_overlap(placed, fixed.image)
     return moving, fixed
 
 

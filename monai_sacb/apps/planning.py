@@ -30,19 +30,20 @@ def plan_registration(files: PairFiles, options: RegistrationOptions, setting: S
         for one thread of a usual processor.
     """
     source = options.affine_source
-    moving, fixed = read_pair(files, aligned=source == "aligned")
+    given = read_affine(options.affine) if source == "given" else None
+    moving, fixed = read_pair(files, given)
     # without the affine stage it is not known where the moving image will lie: about where the fixed one is
-    affine = read_affine(options.affine) if source == "given" else torch.eye(4, dtype=torch.float64)
-    foreground, other = (fixed, moving) if source != "estimated" else (fixed, fixed)
+    affine = torch.eye(4, dtype=torch.float64) if given is None else given
+    other = fixed if source == "estimated" else moving
     grid = make_working_grid(
         fixed.grid,
-        foreground.foreground,
+        fixed.foreground,
         other.grid,
         other.foreground,
         affine,
-        **setting.parser.get_parsed_content("working_grid"),
+        **setting.get("working_grid"),
     )
-    costs = setting.parser.get_parsed_content("costs")
+    costs = setting.get("costs")
     working, native = math.prod(grid.shape), math.prod(fixed.grid.shape) + math.prod(moving.grid.shape)
     network = setting.model.weights is not None
     seconds = {
@@ -53,7 +54,7 @@ def plan_registration(files: PairFiles, options: RegistrationOptions, setting: S
     }
     memory = costs["base_mb"] + costs["native_mb_per_million"] * native / 1e6
     peak = costs["network_mb_per_million"] if network else 0.0
-    memory += max(peak, costs["refinement_mb_per_million"]) * working / 1e6
+    memory += max(peak, costs["refinement_mb_per_million"] if setting.refine else 0.0) * working / 1e6
     stages = [
         {"estimated": "affine: estimated by mutual information", "aligned": "affine: none, the headers count"}.get(
             source, f"affine: '{options.affine}'"

@@ -20,6 +20,7 @@ __all__ = ["PairsResult", "register"]
 
 logger = logging.getLogger(__name__)
 
+PAIRS_TABLE = "pairs.csv"
 COLUMNS = tuple(PairFiles.__dataclass_fields__)
 # of the table of many pairs
 TABLE = ("output", "verdict", "similarity_before", "similarity_after", "dice_before", "dice_after", "folds_percent")
@@ -79,8 +80,10 @@ def _read_pairs(path: str) -> list[tuple[str, PairFiles]]:
         name = row.get("output") or default
         if Path(name).is_absolute() or ".." in Path(name).parts or Path(name) == Path("."):
             raise ValueError(f"pairs '{path}': output '{name}' of pair {number} leads out of the output folder.")
-        result.append((name, PairFiles(**paths)))
+        result.append((str(Path(name)), PairFiles(**paths)))
     names = [name for name, _ in result]
+    if PAIRS_TABLE in names:
+        raise ValueError(f"pairs '{path}': no output can be called {PAIRS_TABLE}, which is the table of all pairs.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"pairs '{path}' has several pairs with the output '{repeated[0]}'; give a column 'output'.")
@@ -105,20 +108,24 @@ def _row(name: str, result: RegistrationResult) -> dict[str, Any]:
 def _register_pairs(
     pairs: Sequence[tuple[str, PairFiles]], output_dir: str, options: RegistrationOptions
 ) -> PairsResult:
-    setting = Setting.of(options)
+    setting = Setting(options)
     rows = PairsResult()
-    for name, files in pairs:
-        try:
-            rows.append(_row(name, register_files(files, Path(output_dir) / name, options, setting)))
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            # the others do not depend on this one
-            message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            logger.error(f"{name}: {message}")
-            rows.append({"output": name, "verdict": "error", "message": message})
-    with replacing(Path(output_dir) / "pairs.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*TABLE, "message"])
-        writer.writeheader()
-        writer.writerows(rows)
+    try:
+        for name, files in pairs:
+            try:
+                rows.append(_row(name, register_files(files, Path(output_dir) / name, options, setting)))
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                # the others do not depend on this one
+                message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                logger.error(f"{name}: {message}")
+                rows.append({"output": name, "verdict": "error", "message": message})
+    finally:
+        # of those that are done, also when it was interrupted
+        if rows:
+            with replacing(Path(output_dir) / PAIRS_TABLE) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, [*TABLE, "message"])
+                writer.writeheader()
+                writer.writerows(rows)
     return rows
 
 
@@ -166,7 +173,7 @@ def register(
             not end the others.
         model: name of a model that came along, file of weights, folder of a bundle, or none.
         affine: true to estimate it, false where the images are aligned by their headers, or the file of a transform.
-        refine: steps of gradient descent on the field; 200 without a network and 50 after one by default.
+        refine: steps of gradient descent on the field; 150 without a network and 50 after one by default.
         fill: value outside the moving image; by default 0, or the smallest value of a CT.
         keep_dtype: write images in the type of their files, not as float32.
         seed: of the affine stage's samples.
@@ -181,16 +188,18 @@ def register(
         FileNotFoundError: When a file does not exist.
         ValueError: When a file or an option cannot be used; the message says why.
     """
-    options = RegistrationOptions(model, affine, refine, fill, keep_dtype, seed, num_threads, device)
+    options = RegistrationOptions(str(model), str(affine), refine, fill, keep_dtype, seed, num_threads, device)
     own = (fixed, moving, moving_label, fixed_label, moving_points, fixed_points, fixed_mask, moving_mask)
     if output_dir is None or not os.fspath(output_dir).strip():
         raise ValueError("register needs output_dir, the folder for the results.")
     if pairs is not None:
         if any(path is not None for path in own):
             raise ValueError("give either pairs or the files of one pair, not both.")
+        if Path(pairs).resolve() == (Path(output_dir) / PAIRS_TABLE).resolve():
+            raise ValueError(f"pairs '{pairs}' would be replaced by the table of results; move it out of output_dir.")
         listed = _read_pairs(pairs)
         if dry_run:
-            setting = Setting.of(options)
+            setting = Setting(options)
             return {name: plan_registration(files, options, setting) for name, files in listed}
         return _register_pairs(listed, output_dir, options)
     if fixed is None or moving is None:
@@ -201,5 +210,5 @@ def register(
         *(None if path is None else str(path) for path in own[2:]),
     )
     if dry_run:
-        return plan_registration(files, options, Setting.of(options))
+        return plan_registration(files, options, Setting(options))
     return register_files(files, output_dir, options)

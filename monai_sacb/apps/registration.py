@@ -4,13 +4,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import itk
 import torch
 from tqdm import tqdm
-
-from monai.bundle import ConfigParser
 
 from monai_sacb.apps.models import RegistrationModel, find_model
 from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_metrics, local_similarity
@@ -33,6 +29,7 @@ from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_regi
 from monai_sacb.apps.working_pair import WorkingPair
 from monai_sacb.data.spatial_mapping import SpatialMapping
 from monai_sacb.networks.layers import warp
+from monai_sacb.utils import peak_memory_mb, write_json
 from monai_sacb.visualize.report import write_report
 
 __all__ = ["RegistrationOptions", "RegistrationResult", "register_files"]
@@ -82,7 +79,7 @@ class RegistrationResult:
         output_dir: folder of the files.
         verdict: ``"good"``, ``"check"`` or ``"failed"``.
         reasons: why, in sentences.
-        metrics: content of ``metrics.json``.
+        metrics: content of ``metrics.json``, and the seconds of the report, which is written after it.
         files: paths by what they are.
         mapping: from the fixed image's space to the moving image's, RAS millimetres.
         inverse: from the moving image's space to the fixed image's.
@@ -105,6 +102,12 @@ class _Clock:
         # on a terminal only
         self.bar = tqdm(total=len(STAGES), desc=name, disable=None, bar_format="{desc} |{bar}| {postfix} {elapsed}")
 
+    def __enter__(self) -> _Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self.bar.set_postfix_str(name)
@@ -117,51 +120,55 @@ class _Clock:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
+    before, itk_before = torch.get_num_threads(), itk.MultiThreaderBase.GetGlobalDefaultNumberOfThreads()
     if number is not None:
         torch.set_num_threads(number)
+        itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(number)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(itk_before)
 
 
-@dataclass(frozen=True)
 class Setting:
-    """A model with everything its bundle says about how to use it."""
+    """
+    A model with everything its bundle says about how to use it, checked before any work.
 
-    model: RegistrationModel
-    parser: ConfigParser
-    device: torch.device
-    refine: int
+    Args:
+        options: how to register.
 
-    @classmethod
-    def of(cls, options: RegistrationOptions) -> Setting:
-        """Find the model and read its configs; raises where there is none."""
-        model = find_model(options.model)
-        parser = model.parser()
+    Raises:
+        FileNotFoundError: When there is no such model.
+        ValueError: When the device cannot be used, or a number in the configs is out of its range.
+    """
+
+    def __init__(self, options: RegistrationOptions) -> None:
+        self.model: RegistrationModel = find_model(options.model)
         try:
-            device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=device)
+            self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device '{options.device}' cannot be used: {reason}") from error
-        alone = model.weights is None
-        default = parser["refine_alone" if alone else "refine_after_network"]
-        refine = int(default) if options.refine is None else options.refine
         # the refinement is a stage of its own here
-        parser["refine"] = 0
-        return cls(model, parser, device, refine)
+        self.parser = self.model.parser(device=self.device, refine=0)
+        self.parser["affine_stage#seed"] = options.seed
+        default = self.parser["refine_alone" if self.model.weights is None else "refine_after_network"]
+        self.refine = int(default) if options.refine is None else options.refine
+        self.thresholds = VerdictThresholds.of(self.parser["thresholds"])
+        self.tolerance = float(self.parser["self_check_tolerance"])
+        self.network = self.model.network(self.parser)
+
+    def get(self, name: str) -> Any:
+        """A component of the configs; made once."""
+        return self.parser.get_parsed_content(name)
 
 
 def _affine_stage(setting: Setting, options: RegistrationOptions, moving: Subject, fixed: Subject) -> torch.Tensor:
-    source = options.affine_source
-    if source == "aligned":
+    if options.affine_source == "aligned":
         return torch.eye(4, dtype=torch.float64)
-    if source == "given":
-        return read_affine(options.affine)
-    setting.parser["affine_stage#seed"] = options.seed
-    estimate = setting.parser.get_parsed_content("affine_stage")
+    estimate = setting.get("affine_stage")
     affine: torch.Tensor = estimate(moving.image, fixed.image, moving_mask=moving.mask, fixed_mask=fixed.mask)
     return affine
 
@@ -171,10 +178,9 @@ def _find_ddf(setting: Setting, pair: WorkingPair, clock: _Clock) -> torch.Tenso
     moving, fixed = (image[None].to(setting.device) for image in (pair.moving, pair.fixed))
     ddf = torch.zeros(1, 3, *pair.grid.shape, device=setting.device)
     with clock.stage("network"):
-        network = setting.model.network(setting.parser, setting.device)
-        if network is not None:
+        if setting.network is not None:
             with torch.inference_mode():
-                ddf = setting.parser.get_parsed_content("inferer")(torch.cat([moving, fixed], 1), network)
+                ddf = setting.get("inferer")(torch.cat([moving, fixed], 1), setting.network)
     with clock.stage("refinement"):
         if setting.refine > 0:
             # masks that hold everywhere would only cost time
@@ -183,7 +189,7 @@ def _find_ddf(setting: Setting, pair: WorkingPair, clock: _Clock) -> torch.Tenso
                 for role, mask in (("moving", pair.moving_mask), ("fixed", pair.fixed_mask))
                 if not bool(mask.all())
             }
-            refinement = setting.parser.get_parsed_content("refinement")
+            refinement = setting.get("refinement")
             ddf = refinement(moving, fixed, ddf, iterations=setting.refine, **masks)
     return ddf[0].float().cpu()
 
@@ -249,15 +255,6 @@ def _sidecar(
     }
 
 
-def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
 def register_files(
     files: PairFiles, output_dir: str | os.PathLike[str], options: RegistrationOptions, setting: Setting | None = None
 ) -> RegistrationResult:
@@ -270,22 +267,19 @@ def register_files(
         options: how to register.
         setting: the model, where it is at hand already.
     """
-    setting = Setting.of(options) if setting is None else setting
+    setting = Setting(options) if setting is None else setting
     target = Path(output_dir)
     inputs = [Path(path).resolve() for path in vars(files).values() if path is not None]
     clash = [path for path in inputs if path.parent == target.resolve() and path.name in OUTPUT_FILES]
     if clash:
         raise ValueError(f"output_dir '{target}' holds the input '{clash[0].name}', which the results would replace.")
-    clock = _Clock(target.name)
-    with output_folder(target) as folder, _threads(options.num_threads):
+    with _Clock(target.name) as clock, output_folder(target) as folder, _threads(options.num_threads):
         with clock.stage("reading"):
-            moving, fixed = read_pair(files, aligned=options.affine_source == "aligned")
+            given = read_affine(options.affine) if options.affine_source == "given" else None
+            moving, fixed = read_pair(files, given)
         with clock.stage("affine"):
-            affine = _affine_stage(setting, options, moving, fixed)
-            scale, grid_options = (
-                setting.parser.get_parsed_content(key) for key in ("scale_intensity", "working_grid")
-            )
-            pair = WorkingPair(moving, fixed, affine, scale, grid_options)
+            affine = _affine_stage(setting, options, moving, fixed) if given is None else given
+            pair = WorkingPair(moving, fixed, affine, setting.get("scale_intensity"), setting.get("working_grid"))
         logger.info(f"working grid: {pair.grid.shape} voxels of {tuple(round(s, 3) for s in pair.grid.spacing)} mm")
         ddf = _find_ddf(setting, pair, clock)
         with clock.stage("inverse"):
@@ -295,18 +289,19 @@ def register_files(
         with clock.stage("checking"):
             metrics = _numbers(pair, ddf, outputs, moving, fixed)
             background = moving.background if options.fill is None else options.fill
-            tolerance = float(setting.parser["self_check_tolerance"])
-            metrics["self_check"] = check_by_itk(outputs, folder, background, tolerance)
-            thresholds = VerdictThresholds.of(setting.parser["thresholds"])
-            verdict, reasons = judge_registration(metrics, thresholds)
+            metrics["self_check"] = check_by_itk(outputs, folder, background, setting.tolerance)
+            verdict, reasons = judge_registration(metrics, setting.thresholds)
         written |= {"transform_json": "transform.json", "metrics": "metrics.json", "report": "report.html"}
-        _write_json(_sidecar(files, options, setting, pair, written), folder / "transform.json")
+        write_json(_sidecar(files, options, setting, pair, written), folder / "transform.json")
         metrics = {"verdict": verdict, "reasons": reasons, **metrics}
-        metrics |= {"thresholds": asdict(thresholds), "seconds": clock.seconds, "peak_memory_mb": _peak_memory_mb()}
-        _write_json(metrics, folder / "metrics.json")
+        metrics |= {
+            "thresholds": asdict(setting.thresholds),
+            "seconds": clock.seconds,
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+        }
+        write_json(metrics, folder / "metrics.json")
         with clock.stage("report"):
-            write_report(folder, check_metrics(metrics, thresholds))
-    clock.bar.close()
+            write_report(folder, check_metrics(metrics, setting.thresholds))
     return RegistrationResult(
         str(target),
         verdict,

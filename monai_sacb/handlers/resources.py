@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
@@ -10,14 +9,12 @@ from ignite.engine import Events
 
 from monai.engines import Workflow
 from monai.engines.utils import IterationEvents
-from monai.utils import optional_import
 from monai.utils.enums import CommonKeys
 
 from monai_sacb.handlers.pair_metric import pair_values
+from monai_sacb.utils import peak_memory_mb
 
 __all__ = ["PairResources"]
-
-resource, has_resource = optional_import("resource")
 
 BYTES_PER_MB = 1e6
 
@@ -32,11 +29,7 @@ def _peak_memory(device: torch.device) -> float:
     """Peak memory in MB, see :py:class:`PairResources`; NaN where the system does not tell."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / BYTES_PER_MB
-    if not has_resource:
-        return float("nan")
-    # macOS counts bytes, Linux kibibytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit / BYTES_PER_MB
+    return peak_memory_mb()
 
 
 class PairResources:

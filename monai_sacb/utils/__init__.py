@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .bundle import find_bundle_root
 from .files import file_digest, replacing
+from .json_files import json_text, write_json
+from .resources import peak_memory_mb
 from .settings import settings_digest
 from .subjects import pair_names, subject_name, subject_names
 from .tensors import image_name, is_exported, is_traced, plain_tensor
@@ -16,12 +18,15 @@ __all__ = [
     "image_name",
     "is_exported",
     "is_traced",
+    "json_text",
     "not_finite",
     "pair_names",
+    "peak_memory_mb",
     "plain_tensor",
     "read_checkpoint",
     "replacing",
     "settings_digest",
     "subject_name",
     "subject_names",
+    "write_json",
 ]

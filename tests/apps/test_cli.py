@@ -320,7 +320,7 @@ def test_interrupted_registration_leaves_nothing(pair: Pair, own_folder: Path, n
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "monai-sacb: interrupted; nothing was written."
+    assert error.strip().splitlines()[-1] == "monai-sacb: interrupted; nothing is left half-written."
     assert os.listdir(own_folder) == []
 
 

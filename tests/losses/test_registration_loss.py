@@ -338,3 +338,19 @@ def test_losses_of_others(similarity: type, regularization: type, use_masks: boo
 def test_field_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"\[1, 1, 8, 8\] and \[1, 3, 8, 8\]"):
         RegistrationLoss()(torch.zeros(1, 3, 8, 8), batch_of(1, (8, 8)))
+
+
+def test_similarity_compares_the_entries_of_its_key() -> None:
+    torch.manual_seed(0)
+    ddf = torch.randn(1, 3, 12, 12, 12)
+    moving, fixed = torch.rand(1, 1, 12, 12, 12), torch.rand(1, 1, 12, 12, 12)
+    target = {f"{role}_image": torch.rand(1, 1, 12, 12, 12) for role in ("moving", "fixed")}
+    loss = RegistrationLoss(similarity_key="anatomy")
+    with pytest.raises(ValueError, match="moving_anatomy.*but the batch has"):
+        loss(ddf, target)
+    value = loss(ddf, {**target, "moving_anatomy": moving, "fixed_anatomy": fixed})
+    expected = RegistrationLoss()(ddf, {"moving_image": moving, "fixed_image": fixed})
+    torch.testing.assert_close(value, expected)
+    assert not torch.isclose(value, RegistrationLoss()(ddf, target))
+    with pytest.raises(ValueError, match="similarity_key.*'label'"):
+        RegistrationLoss(similarity_key="label")

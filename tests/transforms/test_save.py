@@ -186,7 +186,7 @@ def warped_by_itk(moving: str, field: str) -> np.ndarray:
     displacement = itk.imread(field, itk.Vector[itk.F, 3])
     image = itk.imread(moving, itk.F)
     warp = itk.WarpImageFilter[type(image), type(image), type(displacement)].New(
-        Input=image, PhysicalField=displacement
+        Input=image, DisplacementField=displacement
     )
     warp.SetOutputParametersFromImage(displacement)
     warp.Update()
