@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,7 @@ def field_metrics(outputs: Outputs) -> dict[str, Any]:
         "displacement_mm": _quantiles(moved, {"median": 0.5, "p99": 0.99, "max": 1.0}),
         "inverse_consistency_mm": _quantiles(residual, {"median": 0.5, "p95": 0.95, "max": 1.0}),
         "inverse_residual_mm": _quantiles(outputs.inverse_errors.flatten(), {"median": 0.5, "p95": 0.95, "max": 1.0}),
+        "voxel_mm": max(math.prod(subject.grid.spacing) ** (1 / 3) for subject in (fixed, moving)),
         "overlap_percent": 100.0 * float(inside.double().mean()),
         "extent_mm": float((box[1] - box[0]).norm()),
     }

@@ -56,9 +56,6 @@ OUTPUT_FILES = (
 MAX_CHECKED_VOXELS = 2_000_000
 # voxels from the edge of an image within which rounding decides what is inside
 EDGE = 1e-3
-# millimetres: an inverse on voxels of this size is exact to about a tenth of a millimetre
-INVERSE_SPACING = 1.2
-MAX_INVERSE_VOXELS = 8_000_000
 
 
 def _replace_files(source: Path, target: Path) -> None:
@@ -149,18 +146,6 @@ def physical_jacobian(field: PhysicalField, affine: torch.Tensor) -> torch.Tenso
     return result * factor
 
 
-def _inverse_grid(grid: Grid) -> Grid:
-    """
-    What the inverse of a field lies on: the moving image's grid, or a finer one where its voxels are large.
-
-    Where the mapping shrinks tissue, its inverse changes faster than large voxels can follow.
-    """
-    factors = [math.ceil(size / INVERSE_SPACING) for size in grid.spacing]
-    while max(factors) > 1 and math.prod(grid.finer(factors).shape) > MAX_INVERSE_VOXELS:
-        factors = [max(1, factor - 1) for factor in factors]
-    return grid.finer(factors)
-
-
 class Outputs:
     """
     The mappings of a registration at the files' own grids.
@@ -174,7 +159,7 @@ class Outputs:
     def __init__(self, moving: Subject, fixed: Subject, displacement: PhysicalField, affine: torch.Tensor) -> None:
         self.moving, self.fixed, self.affine = moving, fixed, affine
         self.field = displacement.resampled(fixed.grid)
-        self.inverse_field, self.inverse_errors = invert_mapping(self.field, affine, _inverse_grid(moving.grid))
+        self.inverse_field, self.inverse_errors = invert_mapping(self.field, affine, moving.grid)
         self.mapping = SpatialMapping([self.field, affine])
         self.inverse = SpatialMapping([self.inverse_field, torch.linalg.inv(affine)])
         self.jacobian = physical_jacobian(self.field, affine)

@@ -68,17 +68,6 @@ class Grid(NamedTuple):
         depth, height, width = (-(-size // step) for size in self.shape)
         return Grid((depth, height, width), self.affine @ scale)
 
-    def finer(self, factors: Sequence[int]) -> Grid:
-        """A grid with ``factors`` times as many voxels along the axes, of which some lie on those of this one."""
-        if len(factors) != 3 or min(factors) < 1:
-            raise ValueError(f"factors must be three numbers of at least 1, got {list(factors)}.")
-        # half a voxel of this grid beyond its outermost centres
-        beyond = [factor // 2 for factor in factors]
-        matrix = torch.diag(torch.tensor([*(1 / factor for factor in factors), 1.0], dtype=torch.float64))
-        matrix[:3, 3] = -torch.tensor([b / f for b, f in zip(beyond, factors)], dtype=torch.float64)
-        depth, height, width = ((n - 1) * f + 1 + 2 * b for n, f, b in zip(self.shape, factors, beyond))
-        return Grid((depth, height, width), self.affine @ matrix)
-
     def places(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The places of all voxels, RAS millimetres, ``(N, 3)``, in pieces, each with its slices along axis 0."""
         depth, height, width = self.shape

@@ -148,6 +148,8 @@ def tables(metrics: Mapping[str, Any]) -> list[NumberTable]:
         "folds_percent": "Folds, % of the voxels",
         "sdlogj": "Spread of log(3 + Jacobian)",
         "overlap_percent": "Overlap, % of the fixed body",
+        "inverse_residual_mm": "Error of the inverse at its voxels, mm",
+        "voxel_mm": "Side of a voxel, mm",
         "extent_mm": "Diagonal of the fixed body, mm",
         "peak_memory_mb": "Peak memory, MB",
     }

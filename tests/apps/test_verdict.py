@@ -34,11 +34,13 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"sdlogj": 0.21}, "check", "unevenly"),
     ({"sdlogj": 0.41}, "failed", "unevenly"),
     # inverse
-    ({"inverse_consistency_mm__median": 0.1}, "good", "within"),
-    ({"inverse_consistency_mm__median": 0.2}, "check", "misses by 0.2 mm"),
+    ({"inverse_consistency_mm__median": 0.25}, "good", "within"),
+    ({"inverse_consistency_mm__median": 0.3}, "check", "misses by 0.3 mm"),
+    ({"inverse_consistency_mm__median": 0.3, "voxel_mm": 2.0}, "good", "within"),
+    ({"inverse_consistency_mm__median": 0.3, "voxel_mm": 0.2}, "failed", "misses by 0.3 mm"),
     ({"inverse_consistency_mm__median": 1.1}, "failed", "misses by 1.1 mm"),
     ({"inverse_consistency_mm__p95": 1.2}, "check", "95th percentile"),
-    ({"inverse_consistency_mm__p95": 5.2}, "failed", "95th percentile"),
+    ({"inverse_consistency_mm__p95": 3.2}, "failed", "95th percentile"),
     # displacement: 210 mm is the body's size
     ({"displacement_mm__p99": 31.0}, "good", "within"),
     ({"displacement_mm__p99": 32.0}, "check", "32 mm (99th percentile)"),

@@ -346,11 +346,11 @@ def test_similarity_compares_the_entries_of_its_key() -> None:
     moving, fixed = torch.rand(1, 1, 12, 12, 12), torch.rand(1, 1, 12, 12, 12)
     target = {f"{role}_image": torch.rand(1, 1, 12, 12, 12) for role in ("moving", "fixed")}
     loss = RegistrationLoss(similarity_key="anatomy")
-    with pytest.raises(ValueError, match="moving_anatomy.*but the batch has"):
+    with pytest.raises(ValueError, match=r"moving_anatomy.*but the batch has"):
         loss(ddf, target)
     value = loss(ddf, {**target, "moving_anatomy": moving, "fixed_anatomy": fixed})
     expected = RegistrationLoss()(ddf, {"moving_image": moving, "fixed_image": fixed})
     torch.testing.assert_close(value, expected)
     assert not torch.isclose(value, RegistrationLoss()(ddf, target))
-    with pytest.raises(ValueError, match="similarity_key.*'label'"):
+    with pytest.raises(ValueError, match=r"similarity_key.*'label'"):
         RegistrationLoss(similarity_key="label")
