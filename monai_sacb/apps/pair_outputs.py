@@ -31,7 +31,7 @@ from monai_sacb.data.spatial_mapping import (
     resample_volume,
 )
 from monai_sacb.data.transform_files import write_displacement, write_transform
-from monai_sacb.data.volumes import write_volume
+from monai_sacb.data.volumes import quiet_itk, write_volume
 from monai_sacb.metrics import jacobian_determinant
 
 __all__ = ["OUTPUT_FILES", "Outputs", "check_by_itk", "output_folder", "physical_jacobian", "write_outputs"]
@@ -219,11 +219,11 @@ def write_outputs(
 def _itk_image(subject: Subject) -> tuple[Any, str]:
     """The image of a subject for ITK, read anew from its file where ITK reads such files, and how it came about."""
     if Path(subject.path).is_file():
-        reader = itk.ImageIOFactory.CreateImageIO(subject.path, itk.CommonEnums.IOFileMode_ReadMode)
-        if reader is not None:
-            image = itk.imread(subject.path, itk.F)
-            if image.GetImageDimension() == 3:
-                return image, "the moving file, read by ITK,"
+        with quiet_itk():
+            reader = itk.ImageIOFactory.CreateImageIO(subject.path, itk.CommonEnums.IOFileMode_ReadMode)
+            image = None if reader is None else itk.imread(subject.path, itk.F)
+        if image is not None and image.GetImageDimension() == 3:
+            return image, "the moving file, read by ITK,"
     return _to_itk(subject.image), "the moving image, as it was read here,"
 
 

@@ -8,6 +8,7 @@ way is the right one. In memory, geometry is MONAI's: an affine from voxels to R
 
 from __future__ import annotations
 
+import locale
 import logging
 import os
 import re
@@ -29,7 +30,7 @@ from monai.data import MetaTensor
 
 from monai_sacb.utils import plain_tensor, replacing
 
-__all__ = ["check_overlap", "read_label_volume", "read_mask_volume", "read_volume", "write_volume"]
+__all__ = ["check_overlap", "quiet_itk", "read_label_volume", "read_mask_volume", "read_volume", "write_volume"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # cosine between two axes; ITK refuses NIfTI files from about twice as much
@@ -65,14 +66,18 @@ class _Raw(NamedTuple):
 
 
 @contextmanager
-def _quiet_itk() -> Iterator[None]:
-    """ITK prints its warnings; what matters of them is said by this module."""
-    shown = itk.Object.GetGlobalWarningDisplay()
+def quiet_itk() -> Iterator[None]:
+    """
+    Let ITK read without side effects: it prints warnings, of which what matters is said by this module, and its reader
+    of DICOM changes the locale of the process, and so the encoding of files that are opened later.
+    """
+    shown, place = itk.Object.GetGlobalWarningDisplay(), locale.setlocale(locale.LC_ALL)
     itk.Object.SetGlobalWarningDisplay(False)
     try:
         yield
     finally:
         itk.Object.SetGlobalWarningDisplay(shown)
+        locale.setlocale(locale.LC_ALL, place)
 
 
 def _reason(error: BaseException) -> str:
@@ -254,7 +259,7 @@ def _read(path: str | os.PathLike[str], name: str) -> tuple[_Raw, dict[str, Any]
     if not place.exists():
         raise FileNotFoundError(f"{named} does not exist.")
     try:
-        with _quiet_itk():
+        with quiet_itk():
             if place.is_dir():
                 raw = _read_series(named, str(place))
             else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import itk
@@ -340,9 +341,22 @@ def write_series(folder: Path, uid: str, positions: list[float], seed: int = 0) 
     return array
 
 
+@pytest.fixture
+def _own_locale() -> Iterator[None]:
+    """ITK's writer of DICOM changes the locale of the process."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
+@pytest.mark.usefixtures("_own_locale")
 def test_folder_of_dicom_files(tmp_path: Path) -> None:
+    before = locale.setlocale(locale.LC_ALL)
     array = write_series(tmp_path / "scan", "1.2.3.4", [10.0, 12.0, 14.0, 16.0])
+    locale.setlocale(locale.LC_ALL, before)
     image = read_volume(tmp_path / "scan")
+    # ITK's reader would change the encoding of text files that are opened later
+    assert locale.setlocale(locale.LC_ALL) == before
     np.testing.assert_array_equal(image[0].numpy(), array.transpose(2, 1, 0))
     expected = np.diag([-0.7, -0.8, 2.0, 1.0])
     expected[:3, 3] = (5, -6, 10)
@@ -350,6 +364,7 @@ def test_folder_of_dicom_files(tmp_path: Path) -> None:
     assert image.meta["original_dtype"] == "int16" and image.meta["filename_or_obj"] == str(tmp_path / "scan")
 
 
+@pytest.mark.usefixtures("_own_locale")
 def test_bad_dicom_folders(tmp_path: Path) -> None:
     write_series(tmp_path / "gap", "1.2.3.4", [10.0, 12.0, 14.0, 20.0])
     with pytest.raises(ValueError, match=r"slices up to .* mm off their even places; some may be missing"):

@@ -17,6 +17,7 @@ from monai.engines import SupervisedEvaluator
 from monai_sacb.engines import PrepareRegistrationBatch
 from monai_sacb.handlers import PairResources, RegistrationTable
 from monai_sacb.handlers import resources as module
+from monai_sacb.utils import resources
 
 SHAPE = (6, 7, 8)
 
@@ -113,7 +114,7 @@ def test_columns_of_the_table(tmp_path: Path, table_first: bool) -> None:
 
 
 def test_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "has_resource", False)
+    monkeypatch.setattr(resources, "has_resource", False)
     engine = evaluator(2, Slow(), [PairResources()])
     engine.run()
     assert engine.state.metric_details["peak_memory_mb"].isnan().all()
