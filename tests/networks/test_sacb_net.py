@@ -321,6 +321,7 @@ def test_parity(shared_parity, relative_error, dtype: torch.dtype) -> None:
     ((warped - fixed).square().mean() + 1e-3 * ddf.square().mean()).backward()
     parameters = dict(net.named_parameters())
     compared, last, ahead_of_norm = 0, 0, []
+    errors: list[float] = []
     for name, gradient in recorded.items():
         name = name.removeprefix("grad.")
         if f"grad.{name}" not in recorded:
@@ -336,13 +337,17 @@ def test_parity(shared_parity, relative_error, dtype: torch.dtype) -> None:
         # The gradient is discontinuous, at the kinks of the activation and the cells of the linear interpolation. A
         # relative change of the input by 1e-7 moves the exact gradients by up to 3e-4, so those recorded in single
         # precision are wrong by that order themselves.
-        assert error < 1.5e-3, name
+        errors.append(error)
+        # A voxel that falls on the other side of a kink in single precision, which depends on the processor, moved
+        # those of the finest levels by 1e-2, with sums in double precision too.
+        assert error < (1.5e-3 if dtype == torch.float64 else 2e-2), name
         if name.startswith("conv1_out.") and dtype == torch.float64:
             last += 1
             # little lies between the loss and the last layers: they are reproduced
             assert error < 2e-5, name
     assert compared == 52 and len(ahead_of_norm) == 19 and (last == 4 or dtype == torch.float32)
     assert max(ahead_of_norm) < 1e-4
+    assert sorted(errors)[round(0.75 * compared)] < 1.5e-3
 
 
 @torch.no_grad()
