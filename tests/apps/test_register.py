@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from geometries import GEOMETRIES
-from synthetic_pair import MakePair, Pair, deformation, grid_points
+from synthetic_pair import MakePair, Pair, deformation, grid_points, write_itk
 
 from monai_sacb.apps import RegistrationResult, register
 from monai_sacb.apps import registration as stages
@@ -321,6 +321,8 @@ PAIRS_CASES = [
     ("fixed,moving\na,b,c\n", "cannot read pairs"),
     ("fixed,moving,output\na,b,../x\n", "leads out of the output folder"),
     ("fixed,moving,output\na,b,/x\n", "leads out of the output folder"),
+    ("fixed,moving,output\na,b,pairs.csv\n", "no output can be called pairs.csv"),
+    ("fixed,moving,output\na,b,x\nc,d,x/\n", "several pairs with the output 'x'"),
     ("fixed,moving\na,b\na,b\n", "several pairs with the output 'b_to_a'"),
 ]
 
@@ -362,3 +364,53 @@ def test_output_that_would_replace_an_input(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the input 'warped\.nii\.gz'"):
         run(pair._replace(moving=str(tmp_path / "warped.nii.gz")), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["warped.nii.gz"]
+
+
+@pytest.mark.parametrize("suffix", [".mgz", ".mha", ".nii"])
+def test_other_formats(pair: Pair, tmp_path: Path, suffix: str) -> None:
+    """Also those that ITK does not read."""
+    image = nib.load(pair.moving)
+    moving = str(tmp_path / f"moving{suffix}")
+    if suffix == ".mha":
+        write_itk(np.asarray(image.dataobj), image.affine, moving)
+    else:
+        kind = nib.MGHImage if suffix == ".mgz" else nib.Nifti1Image
+        nib.save(kind(np.asarray(image.dataobj), image.affine), moving)
+    result = run(pair._replace(moving=moving), tmp_path / "out", refine=1)
+    assert result.metrics["self_check"]["max_difference"] < 1e-3
+    expected = run(pair, tmp_path / "expected", refine=1)
+    assert result.metrics["similarity"]["after"] == pytest.approx(expected.metrics["similarity"]["after"], abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
+def test_types_of_files_are_kept(make_pair: MakePair, tmp_path: Path, dtype: type) -> None:
+    pair = make_pair(dtype=dtype)
+    result = run(pair, tmp_path / "out", keep_dtype=True, refine=10)
+    assert nib.load(tmp_path / "out" / "warped.nii.gz").get_data_dtype() == dtype
+    assert result.metrics["self_check"]["max_difference"] < 1e-3 and result.verdict != "failed"
+
+
+@pytest.mark.parametrize("affine", ["true", "false"])
+def test_disjoint_fields_of_view(pair: Pair, tmp_path: Path, affine: str) -> None:
+    image = nib.load(pair.moving)
+    moved = image.affine.copy()
+    moved[:3, 3] += 1000
+    nib.save(nib.Nifti1Image(image.get_fdata(), moved), tmp_path / "away.nii.gz")
+    away = pair._replace(moving=str(tmp_path / "away.nii.gz"))
+    with pytest.raises(ValueError, match="do not overlap by their headers"):
+        run(away, tmp_path / "out", affine=affine)
+    assert not (tmp_path / "out").exists()
+    # a transform that brings them together is all that is needed
+    transform = itk.AffineTransform[itk.D, 3].New()
+    transform.SetTranslation([-1000.0, -1000.0, 1000.0])
+    itk.transformwrite([transform], str(tmp_path / "affine.tfm"))
+    result = run(away, tmp_path / "out", affine=str(tmp_path / "affine.tfm"))
+    assert result.metrics["similarity"]["after"] > 0.5
+
+
+def test_list_of_pairs_is_not_replaced_by_the_results(pair: Pair, tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text(f"fixed,moving\n{pair.fixed},{pair.moving}\n")
+    with pytest.raises(ValueError, match="would be replaced by the table of results"):
+        register(pairs=str(table), output_dir=str(tmp_path))
+    assert table.read_text().startswith("fixed,moving\n")

@@ -1,0 +1,94 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from monai_sacb.apps import bundle_source, find_model
+from monai_sacb.networks.nets import SACBNet
+from monai_sacb.utils import file_digest
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "mine.pt"
+    torch.save(SACBNet(base_channels=2).state_dict(), path)
+    return path
+
+
+def write_card(weights: Path, card: Any) -> None:
+    weights.with_suffix(".json").write_text(card if isinstance(card, str) else json.dumps(card))
+
+
+@pytest.mark.parametrize("name", ["none", "None", "NONE"])
+def test_no_model(name: str) -> None:
+    model = find_model(name)
+    assert model.weights is None and model.network(model.parser()) is None
+    assert model.bundle_root == bundle_source()
+
+
+def test_weights_with_their_settings(weights: Path) -> None:
+    write_card(
+        weights,
+        {
+            "sha256": file_digest(weights),
+            "settings": {"network_def#base_channels": 2, "working_grid#spacing": 2.0, "refine_after_network": 7},
+        },
+    )
+    model = find_model(weights)
+    assert model.name == "mine" and model.sha256 == file_digest(weights)
+    parser = model.parser(device=torch.device("cpu"))
+    assert parser.get_parsed_content("working_grid")["spacing"] == 2.0 and parser["refine_after_network"] == 7
+    network = model.network(parser)
+    assert network is not None and not network.training
+    expected = torch.load(weights, weights_only=True)
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+
+
+def test_bundle_of_somebody_else(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    (folder / "models").mkdir(parents=True)
+    (folder / "configs").mkdir()
+    text = (
+        (bundle_source() / "configs" / "inference.json").read_text().replace('"base_channels": 4', '"base_channels": 2')
+    )
+    (folder / "configs" / "inference.json").write_text(text)
+    (folder / "models" / "model.pt").write_bytes(weights.read_bytes())
+    model = find_model(folder)
+    network = model.network(model.parser(device=torch.device("cpu")))
+    assert isinstance(network, SACBNet) and model.name == "theirs"
+
+
+CARDS = [
+    ("{", "is not a JSON file"),
+    ([1], "is not the card of a model"),
+    ({"settings": 3}, "is not the card of a model"),
+    ({"sha256": "0" * 64}, "is not the file that"),
+    ({"settings": {"refinement": {"_target_": "os.getcwd"}}}, "has the setting 'refinement', which is refused"),
+    ({"settings": {"working_grid": {"_target_": "os.getcwd"}}}, "has the setting 'working_grid', which is refused"),
+    ({"settings": {"working_grid#spacing": "$__import__('os').getcwd()"}}, "which is refused"),
+    ({"settings": {"thresholds": ["%/etc/passwd"]}}, "which is refused"),
+    ({"settings": {"imports": []}}, "which is refused"),
+]
+
+
+@pytest.mark.parametrize("card, message", CARDS)
+def test_cards_that_are_refused(weights: Path, card: Any, message: str) -> None:
+    write_card(weights, card)
+    with pytest.raises(ValueError, match=message):
+        find_model(weights)
+
+
+@pytest.mark.parametrize("name", ["brian", "missing.pt"])
+def test_unknown_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"there is no model '{name}': give one of"):
+        find_model(name)
+    with pytest.raises(FileNotFoundError, match="is no bundle"):
+        find_model(tmp_path)
