@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 from geometries import GEOMETRIES
+from scipy.ndimage import map_coordinates
 from synthetic_pair import MakePair, Pair, deformation, grid_points, write_itk
 
 from monai_sacb.apps import RegistrationResult, register
 from monai_sacb.apps import registration as stages
 from monai_sacb.networks.nets import SACBNet
 
+OASIS = Path(__file__).resolve().parents[3] / "shared" / "data" / "oasis_trt20"
 ALIGNED: dict[str, Any] = {"affine": "false", "refine": 25}
 ALWAYS = {
     "warped.nii.gz",
@@ -414,3 +416,31 @@ def test_list_of_pairs_is_not_replaced_by_the_results(pair: Pair, tmp_path: Path
     with pytest.raises(ValueError, match="would be replaced by the table of results"):
         register(pairs=str(table), output_dir=str(tmp_path))
     assert table.read_text().startswith("fixed,moving\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("affine", ["false", "true"])
+def test_known_deformation_of_a_real_brain_is_recovered(tmp_path: Path, affine: str) -> None:
+    """With ``true``, the copy is also turned by 10 degrees and shifted by 12 mm."""
+    moving = OASIS / "aligned_2mm" / "images" / "oasis_trt_02.nii.gz"
+    if not moving.is_file():
+        pytest.skip("needs the brains of OASIS-TRT-20")
+    image = nib.load(moving)
+    places = grid_points(image.shape, image.affine)
+    middle = image.affine[:3, :3] @ ((np.array(image.shape) - 1) / 2) + image.affine[:3, 3]
+    partners = deformation(places - middle) + middle
+    if affine == "true":
+        c, s = np.cos(np.deg2rad(10)), np.sin(np.deg2rad(10))
+        partners = (partners - middle) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]).T + middle + (8, -8, 4)
+    voxels = (partners - image.affine[:3, 3]) @ np.linalg.inv(image.affine[:3, :3]).T
+    array = image.get_fdata()
+    fixed = map_coordinates(array, np.moveaxis(voxels, -1, 0), order=3)
+    nib.save(nib.Nifti1Image(fixed.astype(np.float32), image.affine), tmp_path / "fixed.nii.gz")
+    pair = Pair(str(moving), str(tmp_path / "fixed.nii.gz"), "", "")
+    run(pair, tmp_path / "out", affine=affine, refine=100)
+    found = nib.load(tmp_path / "out" / "displacement.nii.gz").get_fdata()[..., 0, :] * [-1, -1, 1]
+    inside = fixed > 0.1 * fixed.max()
+    errors = np.linalg.norm(found - (partners - places), axis=-1)[inside]
+    assert np.linalg.norm(partners - places, axis=-1)[inside].mean() > 2
+    # a third of a voxel
+    assert errors.mean() < 0.67 and np.median(errors) < 0.67
