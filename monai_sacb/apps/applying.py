@@ -23,6 +23,8 @@ __all__ = ["apply", "load_mappings"]
 
 logger = logging.getLogger(__name__)
 
+# of a grid that a side-car may ask for: sixteen times that of the largest scans
+MAX_VOXELS = 1 << 31
 INTERPOLATIONS = ("linear", "nearest", "label")
 # share of neighbouring voxels of one value, background left out: structures are solid, images are not
 SOLID_SHARE = 0.6
@@ -37,9 +39,10 @@ def _sidecar_grid(folder: Path, role: str) -> Grid | None:
         content: Any = json.loads(path.read_text(encoding="utf-8"))[role]
         depth, height, width = (int(size) for size in content["shape"])
         affine = torch.tensor(content["affine"], dtype=torch.float64)
-        if affine.shape != (4, 4) or not bool(torch.isfinite(affine).all()) or min(depth, height, width) < 1:
+        usable = affine.shape == (4, 4) and bool(torch.isfinite(affine).all()) and float(torch.linalg.det(affine)) != 0
+        if not usable or min(depth, height, width) < 1 or depth * height * width > MAX_VOXELS:
             raise ValueError("a grid is wrong")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"'{path}' is not the side-car of a registration.") from error
     return Grid((depth, height, width), affine)
 

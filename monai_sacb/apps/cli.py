@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"monai-sacb {__version__}\n")
         return
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # what matters of its remarks on headers is said in one sentence
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     try:
         if not arguments or "--help" in arguments or "-h" in arguments:
             fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS][:1] + ["--help"], name="monai-sacb")

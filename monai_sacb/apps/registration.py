@@ -269,7 +269,9 @@ def register_files(
     """
     setting = Setting(options) if setting is None else setting
     target = Path(output_dir)
-    inputs = [Path(path).resolve() for path in vars(files).values() if path is not None]
+    given_files = [path for path in (*vars(files).values(), options.affine) if path is not None]
+    # a link in the output folder would be replaced, too
+    inputs = [place for path in given_files for place in (Path(path).resolve(), Path(path).absolute())]
     clash = [path for path in inputs if path.parent == target.resolve() and path.name in OUTPUT_FILES]
     if clash:
         raise ValueError(f"output_dir '{target}' holds the input '{clash[0].name}', which the results would replace.")

@@ -39,6 +39,8 @@ SHEAR_TOLERANCE = 1.5e-4
 GRID_TOLERANCE = 0.02
 # of the distance of slices: by how much they may lie off their even places
 SLICE_TOLERANCE = 0.1
+# millimetres, from a tenth of a micrometre on
+VOXEL_SIZES = (1e-4, 1e4)
 # points along each axis at which fields of view are compared
 OVERLAP_POINTS = 48
 
@@ -122,6 +124,11 @@ def _check_spacing(name: str, spacing: Any) -> None:
     sizes = [float(size) for size in spacing]
     if not all(np.isfinite(size) and size > 0 for size in sizes):
         raise ValueError(f"{name} has voxels of {sizes} mm by its header; sizes must be positive numbers.")
+    if min(sizes) < VOXEL_SIZES[0] or max(sizes) > VOXEL_SIZES[1]:
+        raise ValueError(
+            f"{name} has voxels of {sizes} mm by its header; sizes must be from {VOXEL_SIZES[0]:g} to "
+            f"{VOXEL_SIZES[1]:g} mm."
+        )
 
 
 def _check_nifti_header(name: str, path: str) -> None:
