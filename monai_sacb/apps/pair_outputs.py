@@ -61,6 +61,9 @@ EDGE = 1e-3
 def _replace_files(source: Path, target: Path) -> None:
     """Put new files in the place of those of an earlier registration; if that fails, all is as it was."""
     written = sorted(path.name for path in source.iterdir())
+    folders = [name for name in {*OUTPUT_FILES, *written} if (target / name).is_dir()]
+    if folders:
+        raise IsADirectoryError(f"'{target / folders[0]}' is a folder, where a file of the results is to go.")
     old = source / "old"
     old.mkdir()
     try:

@@ -77,7 +77,8 @@ def make_working_grid(
     corners = torch.cartesian_prod(*_bounds(moving_foreground[0]).T)
     back = torch.linalg.inv(fixed_grid.affine) @ torch.linalg.inv(affine) @ moving_grid.affine
     moved = apply_affine(back, corners)
-    reach = margin / sizes
+    # of tiny images, no more than half their own size
+    reach = torch.minimum(margin / sizes, (last + 1) / 2)
     low = (torch.minimum(bounds[0], moved.amin(0)) - reach).clamp(min=-reach, max=last)
     high = torch.minimum(torch.maximum(bounds[1], moved.amax(0)) + reach, last + reach).clamp(min=low)
     extent = (high - low) * sizes
