@@ -60,7 +60,7 @@ class RegistrationOptions:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, got {self.seed}.")
         if self.num_threads is not None and not 1 <= self.num_threads <= 256:
-            raise ValueError(f"num_threads must be at least 1 and at most 256, got {self.num_threads}.")
+            raise ValueError(f"num_threads must be from 1 to 256, got {self.num_threads}.")
         if not self.affine:
             raise ValueError("affine must be true, false or the file of a transform, got ''.")
 

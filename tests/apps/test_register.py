@@ -341,7 +341,7 @@ ILL_OPTIONS = [
     ({"refine": -1}, "refine must be at least 0, got -1"),
     ({"fill": float("nan")}, "fill must be finite, got nan"),
     ({"seed": -1}, "seed must be from 0"),
-    ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
+    ({"num_threads": 0}, "num_threads must be from 1 to 256, got 0"),
     ({"device": "gpu7"}, "device 'gpu7' cannot be used"),
     ({"affine": ""}, "affine must be true, false or"),
     ({"affine": "missing.h5"}, "missing.h5"),
