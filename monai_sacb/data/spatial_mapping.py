@@ -9,7 +9,7 @@ in the moving image's space. Grids and images are 3-D.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -346,6 +346,37 @@ def resample_volume(
     return MetaTensor(result, affine=grid.affine)
 
 
+def _newton(
+    displacement: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    points: torch.Tensor,
+    error: torch.Tensor,
+    step: float,
+    num_steps: int = 15,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Solve ``x + u(x) = target`` where the fixed-point iteration does not come to an end, as where the field stretches.
+
+    Newton's steps with the gradient from differences over ``step``, halved where they do not help.
+    """
+    points, error = points.clone(), error.clone()
+    scale = torch.ones_like(error)
+    for _ in range(num_steps if len(points) else 0):
+        here = displacement(points)
+        shifts = step * torch.eye(3, dtype=points.dtype)
+        columns = [(displacement(points + shift) - here) / step for shift in shifts]
+        gradient = torch.stack(columns, -1) + torch.eye(3, dtype=points.dtype)
+        # where the mapping folds the gradient has no inverse; a slope of one then
+        singular = torch.linalg.det(gradient).abs() < 1e-3
+        gradient[singular] = torch.eye(3, dtype=points.dtype)
+        moved = points + scale[:, None] * torch.linalg.solve(gradient, target - points - here)
+        distance = (moved + displacement(moved) - target).norm(dim=1)
+        better = distance < error
+        points[better], error[better] = moved[better], distance[better]
+        scale = torch.where(better, (2 * scale).clamp(max=1.0), scale / 2)
+    return points, error
+
+
 def invert_mapping(
     field: PhysicalField,
     affine: torch.Tensor,
@@ -356,8 +387,9 @@ def invert_mapping(
     """
     The inverse of ``x -> affine(x + field(x))``, as a mapping of the same form on a grid of the moving image's space.
 
-    By fixed-point iteration at every voxel y of the grid: ``x <- affine⁻¹(y) - field(x)``. It converges where the field
-    is a contraction. Outside its grid the field counts as at the border, so that the inverse has no jump there.
+    By fixed-point iteration at every voxel y of the grid: ``x <- affine⁻¹(y) - field(x)``, and by damped Newton steps
+    where it does not converge. Outside its grid the field counts as at the border, so that the inverse has no jump
+    there.
 
     Args:
         field: the displacement, in the fixed image's space.
@@ -381,6 +413,8 @@ def invert_mapping(
     def displacement(points: torch.Tensor) -> torch.Tensor:
         return sample_volume(field.vectors, apply_affine(to_voxels, points), fill=None).double().T
 
+    # millimetres over which the field is taken for linear
+    step = 0.25 * min(field.grid.spacing)
     guess: PhysicalField | None = None
     if math.prod(grid.shape) > LARGE:
         # most of the way once for 64 voxels
@@ -405,6 +439,8 @@ def invert_mapping(
             if not bool(rest.any()):
                 break
             active, current = active[rest], moved[rest]
+        left = (error > tolerance).nonzero()[:, 0]
+        found[left], error[left] = _newton(displacement, start[left], found[left], error[left], step)
         vectors[:, part] = (apply_affine(affine, found) - places).T.reshape(3, -1, *grid.shape[1:]).float()
         inside = inside_buffer(apply_affine(to_voxels, found), field.vectors.shape[1:])
         errors[part] = torch.where(inside, error, torch.nan).view(-1, *grid.shape[1:]).float()

@@ -271,3 +271,20 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_inverse_of_a_field_that_stretches_and_shrinks_strongly() -> None:
+    """By 1.9 and to 0.1 along an axis, where the fixed-point iteration alone is slow or does not converge."""
+    size = 32
+    wave = 4 * np.pi / (size - 1)
+    axis = torch.arange(size, dtype=torch.float64)
+    places = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    vectors = 0.9 / wave * torch.sin(wave * places)
+    vectors[2] = 0
+    identity = torch.eye(4, dtype=torch.float64)
+    field = PhysicalField(vectors.float(), identity)
+    inverse, _ = invert_mapping(field, identity, Grid((size, size, size), identity))
+    points = places.view(3, -1).T
+    there = SpatialMapping([inverse]).transform_points(points)
+    assert float((there - points).norm(dim=1).max()) > 2
+    assert float((SpatialMapping([field]).transform_points(there) - points).norm(dim=1).max()) < 0.01
