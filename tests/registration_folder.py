@@ -13,8 +13,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from monai_sacb.data.displacement_files import write_displacement
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping, resample_volume
-from monai_sacb.data.transform_files import write_displacement
 from monai_sacb.data.volumes import read_label_volume, read_volume, write_volume
 from monai_sacb.metrics import jacobian_determinant
 

@@ -16,7 +16,7 @@ from monai_sacb.data.foreground import background_value
 from monai_sacb.data.point_files import POINT_SUFFIXES, read_point_set, write_point_set
 from monai_sacb.data.spatial_mapping import Grid, InverseMapping, PointMapping, resample_volume
 from monai_sacb.data.transform_files import read_transform
-from monai_sacb.data.volumes import read_label_volume, read_volume, write_volume
+from monai_sacb.data.volumes import VOLUME_SUFFIXES, read_label_volume, read_volume, write_volume
 from monai_sacb.utils import plain_tensor
 
 __all__ = ["apply", "load_mappings"]
@@ -107,7 +107,7 @@ def apply(
     Args:
         transform: output folder of a registration, or a transform file (.h5, .tfm, .mat, displacement as .nii.gz).
         input: an image or label map of any format that is read, or points (.csv in millimetres, .fcsv, .mrk.json).
-        output: the file to write.
+        output: the file to write: .nii, .nii.gz, .nrrd or .mha; points as one of theirs.
         reference: image whose grid the result lies on; by default the fixed image (with inverse, the moving one).
         inverse: carry from the fixed image's space to the moving image's.
         interpolation: linear, nearest, or label (each voxel takes the label with the largest linear weight); by
@@ -129,7 +129,7 @@ def apply(
         raise FileNotFoundError(f"input '{input}' does not exist.")
     if Path(output).is_dir():
         raise IsADirectoryError(f"output '{output}' is a folder; a file is needed.")
-    suffixes = POINT_SUFFIXES if _is_points(input) else (".nii", ".nii.gz")
+    suffixes = POINT_SUFFIXES if _is_points(input) else VOLUME_SUFFIXES
     if not output.lower().endswith(suffixes):
         raise ValueError(f"output '{output}' must end in {', '.join(suffixes)}.")
     forward, backward = load_mappings(transform)

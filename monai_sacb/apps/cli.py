@@ -7,8 +7,10 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
@@ -41,6 +43,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 # exit codes
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+# seconds
+RESENT_AFTER = 0.05
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -57,7 +61,10 @@ def _converted(option: str, kind: Any, value: str) -> Any:
         return BOOLEANS[value.lower()]
     number = next((k for k in (int, float) if k in kinds), None)
     if number is None:
-        return value
+        if not value.strip():
+            raise ValueError(f"option '--{option}' is empty.")
+        # a shell expands it at the start of a word only
+        return os.path.expanduser(value)
     try:
         converted = number(value)
     except ValueError:
@@ -129,17 +136,34 @@ def _sentence(error: BaseException) -> str:
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: '{error.filename}'" if error.filename else error.strerror
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Clean up when a scheduler ends the process, too."""
+def _surely_interrupted() -> Iterator[None]:
+    """
+    Clean up when a scheduler ends the process, too, and whenever the signal comes.
+
+    An exception that is raised inside a callback from C, as of a weak reference, is reported and dropped there; an
+    interruption among them is sent once more, a little later.
+    """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
+
+    report = sys.unraisablehook
+
+    def unraisable(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            report(dropped)
+            return
+        timer = threading.Timer(RESENT_AFTER, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
@@ -147,9 +171,11 @@ def _terminated_as_interrupted() -> Iterator[None]:
         # not the main thread: signals are somebody else's
         yield
         return
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = report
         signal.signal(signal.SIGTERM, before)
 
 
@@ -170,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not arguments or "--help" in arguments or "-h" in arguments:
             fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS][:1] + ["--help"], name="monai-sacb")
             return
-        with _terminated_as_interrupted():
+        with _surely_interrupted():
             result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         sys.stderr.write(f"monai-sacb: {_sentence(error)}\n")

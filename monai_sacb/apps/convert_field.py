@@ -9,16 +9,16 @@ from pathlib import Path
 import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 
-from monai_sacb.data.displacement_files import ddf_from_field, field_from_ddf
-from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping
-from monai_sacb.data.transform_files import (
+from monai_sacb.data.displacement_files import (
+    ddf_from_field,
+    field_from_ddf,
     read_displacement,
-    read_transform,
     read_voxel_ddf,
     write_displacement,
-    write_transform,
     write_voxel_ddf,
 )
+from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping
+from monai_sacb.data.transform_files import read_transform, write_transform
 from monai_sacb.data.volumes import read_volume
 from monai_sacb.data.voxel_fields import load_learn2reg_field, save_learn2reg_field
 
@@ -43,7 +43,9 @@ def _kind_of_file(path: str) -> str:
     if kind is not None:
         return kind
     if not path.lower().endswith(NIFTI_SUFFIXES):
-        raise ValueError(f"input '{path}' has an ending of no kind of field; source must be one of {FIELD_KINDS}.")
+        raise ValueError(
+            f"input '{path}' has an ending of no kind of field; source must be one of {', '.join(FIELD_KINDS)}."
+        )
     try:
         shape = nib.load(path).shape
     except (OSError, EOFError, ValueError, ImageFileError) as error:
@@ -132,7 +134,7 @@ def convert(
     target = target or _kind_of_name(output)
     if target is None:
         raise ValueError(
-            f"the ending of output '{output}' does not tell its kind; target must be one of {FIELD_KINDS}."
+            f"the ending of output '{output}' does not tell its kind; target must be one of {', '.join(FIELD_KINDS)}."
         )
     _check_output(output, target)
     source = source or _kind_of_file(input)

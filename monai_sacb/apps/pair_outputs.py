@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,29 @@ import torch
 from monai.data import MetaTensor
 
 from monai_sacb.apps.pair_reading import Subject
+from monai_sacb.data.displacement_files import lps_affine, write_displacement
+from monai_sacb.data.itk_images import array_to_itk, quiet_itk
 from monai_sacb.data.point_files import PointSet, write_point_set
 from monai_sacb.data.spatial_mapping import (
-    Grid,
     PhysicalField,
     SpatialMapping,
     apply_affine,
     invert_mapping,
     resample_volume,
 )
-from monai_sacb.data.transform_files import write_displacement, write_transform
-from monai_sacb.data.volumes import quiet_itk, write_volume
+from monai_sacb.data.transform_files import write_transform
+from monai_sacb.data.volumes import write_volume
 from monai_sacb.metrics import jacobian_determinant
 
-__all__ = ["OUTPUT_FILES", "Outputs", "check_by_itk", "output_folder", "physical_jacobian", "write_outputs"]
+__all__ = [
+    "OUTPUT_FILES",
+    "Outputs",
+    "check_by_itk",
+    "check_output_folder",
+    "output_folder",
+    "physical_jacobian",
+    "write_outputs",
+]
 
 OUTPUT_FILES = (
     "warped.nii.gz",
@@ -81,6 +90,37 @@ def _replace_files(source: Path, target: Path) -> None:
         raise
 
 
+def check_output_folder(output_dir: str | os.PathLike[str], inputs: Iterable[str] = ()) -> Path:
+    """
+    Refuse, before any work, a folder that results cannot go to.
+
+    Args:
+        output_dir: the folder, which need not exist.
+        inputs: files of which none may be replaced.
+
+    Raises:
+        NotADirectoryError: When it is a file, or a link that leads nowhere.
+        PermissionError: When nothing can be written there.
+        ValueError: When results would replace an input.
+    """
+    target = Path(output_dir)
+    if (target.exists() or target.is_symlink()) and not target.is_dir():
+        raise NotADirectoryError(
+            f"output_dir '{target}' is {'a file' if target.exists() else 'a link that leads nowhere'}."
+        )
+    # a link in the output folder would be replaced, too
+    places = [place for path in inputs for place in (Path(path).resolve(), Path(path).absolute())]
+    clash = [path for path in places if path.parent == target.resolve() and path.name in OUTPUT_FILES]
+    if clash:
+        raise ValueError(f"output_dir '{target}' holds the input '{clash[0].name}', which the results would replace.")
+    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"output_dir '{target}' cannot be made: '{existing}' is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir '{target}' cannot be written: there is no permission for '{existing}'.")
+    return target
+
+
 @contextmanager
 def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     """
@@ -98,13 +138,12 @@ def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         NotADirectoryError: When the output folder is a file.
     """
-    target = Path(output_dir)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"output_dir '{target}' is a file.")
+    target = check_output_folder(output_dir)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if target.is_dir() else target.parent))
+    temporary: Path | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if target.is_dir() else target.parent))
         yield temporary
         if target.is_dir():
             _replace_files(temporary, target)
@@ -115,7 +154,8 @@ def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, target)
             made = []
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if not target.exists():
             for folder in made:
                 try:
@@ -227,7 +267,8 @@ def _itk_image(subject: Subject) -> tuple[Any, str]:
             image = None if reader is None else itk.imread(subject.path, itk.F)
         if image is not None and image.GetImageDimension() == 3:
             return image, "the moving file, read by ITK,"
-    return _to_itk(subject.image), "the moving image, as it was read here,"
+    volume = subject.image.numpy()[0].astype(np.float32)
+    return array_to_itk(volume, lps_affine(subject.grid.affine)), "the moving image, as it was read here,"
 
 
 def check_by_itk(outputs: Outputs, folder: Path, background: float, tolerance: float) -> dict[str, Any]:
@@ -290,15 +331,3 @@ def check_by_itk(outputs: Outputs, folder: Path, background: float, tolerance: f
         "tolerance": tolerance,
         "compared": f"warped.nii.gz with {origin} resampled by ITK through transform.h5",
     }
-
-
-def _to_itk(image: MetaTensor) -> Any:
-    """An ITK image of a volume ``(1, D, H, W)``."""
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
-    affine = flip @ Grid.of(image).affine.numpy()
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    result = itk.image_from_array(np.ascontiguousarray(image.numpy()[0].T.astype(np.float32)))
-    result.SetSpacing(spacing.tolist())
-    result.SetOrigin(affine[:3, 3].tolist())
-    result.SetDirection(itk.matrix_from_array(affine[:3, :3] / spacing))
-    return result

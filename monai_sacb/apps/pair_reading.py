@@ -130,11 +130,12 @@ def read_pair(files: PairFiles, affine: torch.Tensor | None = None) -> tuple[Sub
                 f"moving_points '{files.moving_points}' has {numbers[0]} points, but fixed_points "
                 f"'{files.fixed_points}' has {numbers[1]}; they are paired by their order."
             )
-    placed = moving.image
-    if affine is not None:
-        placed = placed.clone()
+    if affine is None:
+        check_overlap(moving.image, fixed.image, "by their headers; they must be aligned first")
+    else:
+        placed = moving.image.clone()
         placed.affine = torch.linalg.inv(affine) @ moving.grid.affine
-    check_overlap(placed, fixed.image)
+        check_overlap(placed, fixed.image, "after the given affine")
     return moving, fixed
 
 

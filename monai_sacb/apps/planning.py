@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
 
+from monai_sacb.apps.pair_outputs import check_output_folder
 from monai_sacb.apps.pair_reading import PairFiles, read_affine, read_pair
 from monai_sacb.apps.registration import RegistrationOptions, Setting
 from monai_sacb.data.working_grid import make_working_grid
@@ -16,12 +18,15 @@ from monai_sacb.data.working_grid import make_working_grid
 __all__ = ["plan_registration"]
 
 
-def plan_registration(files: PairFiles, options: RegistrationOptions, setting: Setting) -> dict[str, Any]:
+def plan_registration(
+    files: PairFiles, output_dir: str | os.PathLike[str], options: RegistrationOptions, setting: Setting
+) -> dict[str, Any]:
     """
     Read and check the files of a pair and say what registering them would do.
 
     Args:
         files: what belongs to the pair.
+        output_dir: where the results would go.
         options: how to register.
         setting: the model.
 
@@ -29,6 +34,7 @@ def plan_registration(files: PairFiles, options: RegistrationOptions, setting: S
         grids, stages, and the expected seconds and memory: estimates from the numbers ``costs`` of ``register.json``,
         for one thread of a usual processor.
     """
+    check_output_folder(output_dir, [p for p in (*vars(files).values(), options.affine) if p is not None])
     source = options.affine_source
     given = read_affine(options.affine) if source == "given" else None
     moving, fixed = read_pair(files, given)

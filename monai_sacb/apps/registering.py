@@ -73,7 +73,7 @@ def _read_pairs(path: str) -> list[tuple[str, PairFiles]]:
     result: list[tuple[str, PairFiles]] = []
     for number, values in enumerate(rows, start=1):
         row = dict(zip(header, values))
-        paths = {key: str(root / row[key]) for key in COLUMNS if row.get(key)}
+        paths = {key: str(root / Path(row[key]).expanduser()) for key in COLUMNS if row.get(key)}
         if "fixed" not in paths or "moving" not in paths:
             raise ValueError(f"pairs '{path}': pair {number} lacks its fixed or moving image.")
         default = "_to_".join(subject_names([paths[role]])[0] for role in ("moving", "fixed"))
@@ -114,8 +114,8 @@ def _register_pairs(
         for name, files in pairs:
             try:
                 rows.append(_row(name, register_files(files, Path(output_dir) / name, options, setting)))
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                # the others do not depend on this one
+            except Exception as error:
+                # whatever it is: the others do not depend on this one
                 message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 logger.error(f"{name}: {message}")
                 rows.append({"output": name, "verdict": "error", "message": message})
@@ -200,7 +200,7 @@ def register(
         listed = _read_pairs(pairs)
         if dry_run:
             setting = Setting(options)
-            return {name: plan_registration(files, options, setting) for name, files in listed}
+            return {name: plan_registration(files, Path(output_dir) / name, options, setting) for name, files in listed}
         return _register_pairs(listed, output_dir, options)
     if fixed is None or moving is None:
         raise ValueError("register needs a fixed and a moving image, or pairs.")
@@ -210,5 +210,5 @@ def register(
         *(None if path is None else str(path) for path in own[2:]),
     )
     if dry_run:
-        return plan_registration(files, options, Setting(options))
+        return plan_registration(files, output_dir, options, Setting(options))
     return register_files(files, output_dir, options)

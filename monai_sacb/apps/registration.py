@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from monai_sacb.apps.models import RegistrationModel, find_model
 from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_metrics, local_similarity
-from monai_sacb.apps.pair_outputs import OUTPUT_FILES, Outputs, check_by_itk, output_folder, write_outputs
+from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, check_output_folder, output_folder, write_outputs
 from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
 from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_registration
 from monai_sacb.apps.working_pair import WorkingPair
@@ -268,13 +268,7 @@ def register_files(
         setting: the model, where it is at hand already.
     """
     setting = Setting(options) if setting is None else setting
-    target = Path(output_dir)
-    given_files = [path for path in (*vars(files).values(), options.affine) if path is not None]
-    # a link in the output folder would be replaced, too
-    inputs = [place for path in given_files for place in (Path(path).resolve(), Path(path).absolute())]
-    clash = [path for path in inputs if path.parent == target.resolve() and path.name in OUTPUT_FILES]
-    if clash:
-        raise ValueError(f"output_dir '{target}' holds the input '{clash[0].name}', which the results would replace.")
+    target = check_output_folder(output_dir, [p for p in (*vars(files).values(), options.affine) if p is not None])
     with _Clock(target.name) as clock, output_folder(target) as folder, _threads(options.num_threads):
         with clock.stage("reading"):
             given = read_affine(options.affine) if options.affine_source == "given" else None

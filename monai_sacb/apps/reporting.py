@@ -30,6 +30,6 @@ def report(output_dir: str | os.PathLike[str]) -> str:
     source = ReportSource.read(output_dir)
     try:
         checks = check_metrics(source.metrics)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"'{source.folder / 'metrics.json'}' cannot be laid beside the thresholds: {error}") from error
     return write_report(source, checks)

@@ -101,6 +101,8 @@ class VerdictThresholds:
         """Thresholds as they are, the defaults with some replaced by name, or the defaults for None."""
         if isinstance(thresholds, VerdictThresholds):
             return thresholds
+        if not isinstance(thresholds, Mapping | None):
+            raise ValueError(f"thresholds must be limits by their names, got {thresholds!r}.")
         given = dict(thresholds or {})
         known = [field.name for field in fields(cls)]
         unknown = [name for name in given if name not in known]
@@ -348,7 +350,7 @@ def check_metrics(
         ),
     ]
     # a metrics.json of another source may not say how large voxels are
-    voxel = 1.0 if "voxel_mm" not in metrics else float(metrics["voxel_mm"])
+    voxel = _get(metrics, "voxel_mm") or 1.0
     for key, words in (("median", "median"), ("p95", "95th percentile")):
         checks.append(
             _graded(

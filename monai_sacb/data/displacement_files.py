@@ -23,6 +23,7 @@ import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from monai_sacb.data.itk_images import quiet_itk
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField
 from monai_sacb.data.voxel_fields import ddf_to_displacement, displacement_to_ddf
 from monai_sacb.utils import replacing
@@ -179,14 +180,16 @@ def _itk_displacement(path: Path) -> PhysicalField:
     source = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if source is None:
         raise ValueError("ITK does not know its format")
-    source.SetFileName(str(path))
-    source.ReadImageInformation()
+    with quiet_itk():
+        source.SetFileName(str(path))
+        source.ReadImageInformation()
     dims, components = int(source.GetNumberOfDimensions()), int(source.GetNumberOfComponents())
     kind = source.GetComponentTypeAsString(source.GetComponentType())
     if (dims, components) != (3, 3) or kind not in ("float", "double"):
         raise ValueError(f"it is {dims}-D with {components} components of type {kind} instead of 3-D with 3 floats")
     reader = itk.ImageFileReader[itk.Image[itk.Vector[itk.F, 3], 3]].New(FileName=str(path))
-    reader.Update()
+    with quiet_itk():
+        reader.Update()
     return field_from_itk_image(reader.GetOutput())
 
 

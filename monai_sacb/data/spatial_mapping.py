@@ -32,6 +32,8 @@ __all__ = [
 
 # points that are looked at in one go: bounds the memory whatever the size of a grid
 CHUNK = 1 << 20
+# of a voxel: over which a field is taken for linear where its gradient is needed
+NEWTON_STEP = 0.25
 # voxels from which on an inverse is first looked for on a coarser grid
 LARGE = 1 << 18
 
@@ -96,13 +98,15 @@ class PhysicalField(NamedTuple):
         _, depth, height, width = self.vectors.shape
         return Grid((depth, height, width), self.affine)
 
+    def displacements(self, points: torch.Tensor, fill: float | None = 0.0) -> torch.Tensor:
+        """Displacements ``(N, 3)``, float64, at points ``(N, 3)``; outside the grid ``fill``, or as at its border."""
+        return sample_volume(self.vectors, apply_affine(torch.linalg.inv(self.affine), points), fill=fill).double().T
+
     def resampled(self, grid: Grid) -> PhysicalField:
         """The same displacements on another grid; outside the own one, those at its border."""
-        to_voxels = torch.linalg.inv(self.affine)
         vectors = torch.empty(3, *grid.shape)
         for part, places in grid.places():
-            values = sample_volume(self.vectors, apply_affine(to_voxels, places), fill=None)
-            vectors[:, part] = values.view(3, -1, *grid.shape[1:])
+            vectors[:, part] = self.displacements(places, fill=None).T.reshape(3, -1, *grid.shape[1:]).float()
         return PhysicalField(vectors, grid.affine)
 
 
@@ -191,6 +195,77 @@ def sample_volume(
     return values
 
 
+def _newton(
+    displacement: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    points: torch.Tensor,
+    error: torch.Tensor,
+    step: float,
+    num_steps: int = 15,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Solve ``x + u(x) = target`` where the fixed-point iteration does not come to an end, as where the mapping shrinks.
+
+    Newton's steps with the gradient from differences over ``step``, halved where they do not help.
+    """
+    points, error = points.clone(), error.clone()
+    scale = torch.ones_like(error)
+    for _ in range(num_steps if len(points) else 0):
+        here = displacement(points)
+        shifts = step * torch.eye(3, dtype=points.dtype)
+        columns = [(displacement(points + shift) - here) / step for shift in shifts]
+        gradient = torch.stack(columns, -1) + torch.eye(3, dtype=points.dtype)
+        # where the mapping folds the gradient has no inverse; a slope of one then
+        singular = torch.linalg.det(gradient).abs() < 1e-3
+        gradient[singular] = torch.eye(3, dtype=points.dtype)
+        moved = points + scale[:, None] * torch.linalg.solve(gradient, target - points - here)
+        distance = (moved + displacement(moved) - target).norm(dim=1)
+        better = distance < error
+        points[better], error[better] = moved[better], distance[better]
+        scale = torch.where(better, (2 * scale).clamp(max=1.0), scale / 2)
+    return points, error
+
+
+def _solve(
+    displacement: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    guess: torch.Tensor,
+    step: float,
+    num_steps: int,
+    tolerance: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Solve ``x + u(x) = target`` by fixed-point iteration, and by damped Newton steps where that does not converge.
+
+    Args:
+        displacement: ``u``, of points ``(N, 3)`` in millimetres.
+        target: ``(N, 3)``, float64.
+        guess: where to start, likewise.
+        step: millimetres over which ``u`` is taken for linear.
+        num_steps: fixed-point iterations at most.
+        tolerance: millimetres; a point is done when it is mapped as close to its target.
+
+    Returns:
+        the points, and how far from its target each one is mapped: ``(N, 3)`` and ``(N,)``. Where the mapping folds
+        that may be no solution, but the best place that was met.
+    """
+    current, active = guess, torch.arange(len(target))
+    # the best place so far, and how far it is from where it should be mapped to
+    found, error = guess.clone(), torch.full([len(target)], torch.inf, dtype=torch.float64)
+    for _ in range(num_steps + 1):
+        moved = target[active] - displacement(current)
+        distance = (moved - current).norm(dim=1)
+        better = distance < error[active]
+        found[active[better]], error[active[better]] = current[better], distance[better]
+        rest = distance > tolerance
+        if not bool(rest.any()):
+            break
+        active, current = active[rest], moved[rest]
+    left = (error > tolerance).nonzero()[:, 0]
+    found[left], error[left] = _newton(displacement, target[left], found[left], error[left], step)
+    return found, error
+
+
 class PointMapping(Protocol):
     """Anything that takes points ``(N, 3)`` in RAS millimetres to others."""
 
@@ -245,8 +320,7 @@ class SpatialMapping:
         points = points.double()
         for stage in self.stages:
             if isinstance(stage, PhysicalField):
-                voxels = apply_affine(torch.linalg.inv(stage.affine), points)
-                points = points + sample_volume(stage.vectors, voxels).double().T
+                points = points + stage.displacements(points)
             else:
                 points = apply_affine(stage, points)
         return points
@@ -255,12 +329,12 @@ class SpatialMapping:
         self, points: torch.Tensor, num_steps: int = 100, tolerance: float = 1e-4
     ) -> torch.Tensor:
         """
-        Where points come from: the inverse, stage by stage, of fields by fixed-point iteration.
+        Where points come from: the inverse, stage by stage, of fields by iteration.
 
         Args:
             points: ``(N, 3)``, RAS millimetres of the moving image's space.
             num_steps: iterations at most.
-            tolerance: millimetres; the iteration ends when no point moves more.
+            tolerance: millimetres; a point is done when it is mapped as close to where it should.
 
         Returns:
             ``(N, 3)``, RAS millimetres of the fixed image's space, float64. Where a field folds, a place near by.
@@ -268,16 +342,9 @@ class SpatialMapping:
         points = points.double()
         for stage in reversed(self.stages):
             if isinstance(stage, PhysicalField):
-                target, to_voxels = points, torch.linalg.inv(stage.affine)
-                points, active = target.clone(), torch.arange(len(target))
-                for _ in range(num_steps):
-                    values = sample_volume(stage.vectors, apply_affine(to_voxels, points[active])).double().T
-                    moved = target[active] - values
-                    distance = (moved - points[active]).norm(dim=1)
-                    points[active] = moved
-                    active = active[distance > tolerance]
-                    if not len(active):
-                        break
+                points, _ = _solve(
+                    stage.displacements, points, points, NEWTON_STEP * min(stage.grid.spacing), num_steps, tolerance
+                )
             else:
                 points = apply_affine(torch.linalg.inv(stage), points)
         return points
@@ -346,37 +413,6 @@ def resample_volume(
     return MetaTensor(result, affine=grid.affine)
 
 
-def _newton(
-    displacement: Callable[[torch.Tensor], torch.Tensor],
-    target: torch.Tensor,
-    points: torch.Tensor,
-    error: torch.Tensor,
-    step: float,
-    num_steps: int = 15,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Solve ``x + u(x) = target`` where the fixed-point iteration does not come to an end, as where the field stretches.
-
-    Newton's steps with the gradient from differences over ``step``, halved where they do not help.
-    """
-    points, error = points.clone(), error.clone()
-    scale = torch.ones_like(error)
-    for _ in range(num_steps if len(points) else 0):
-        here = displacement(points)
-        shifts = step * torch.eye(3, dtype=points.dtype)
-        columns = [(displacement(points + shift) - here) / step for shift in shifts]
-        gradient = torch.stack(columns, -1) + torch.eye(3, dtype=points.dtype)
-        # where the mapping folds the gradient has no inverse; a slope of one then
-        singular = torch.linalg.det(gradient).abs() < 1e-3
-        gradient[singular] = torch.eye(3, dtype=points.dtype)
-        moved = points + scale[:, None] * torch.linalg.solve(gradient, target - points - here)
-        distance = (moved + displacement(moved) - target).norm(dim=1)
-        better = distance < error
-        points[better], error[better] = moved[better], distance[better]
-        scale = torch.where(better, (2 * scale).clamp(max=1.0), scale / 2)
-    return points, error
-
-
 def invert_mapping(
     field: PhysicalField,
     affine: torch.Tensor,
@@ -396,7 +432,7 @@ def invert_mapping(
         affine: ``(4, 4)``, RAS millimetres, after the field.
         grid: what the inverse lies on, in the moving image's space.
         num_steps: iterations at most.
-        tolerance: millimetres; a place is done when it moves less.
+        tolerance: millimetres; a place is done when it is mapped as close to where it should.
 
     Returns:
         the displacement w such that ``y -> affine⁻¹(y + w(y))`` is the inverse, and the error of each voxel in the
@@ -411,10 +447,9 @@ def invert_mapping(
     back, to_voxels = torch.linalg.inv(affine), torch.linalg.inv(field.affine)
 
     def displacement(points: torch.Tensor) -> torch.Tensor:
-        return sample_volume(field.vectors, apply_affine(to_voxels, points), fill=None).double().T
+        return field.displacements(points, fill=None)
 
-    # millimetres over which the field is taken for linear
-    step = 0.25 * min(field.grid.spacing)
+    step = NEWTON_STEP * min(field.grid.spacing)
     guess: PhysicalField | None = None
     if math.prod(grid.shape) > LARGE:
         # most of the way once for 64 voxels
@@ -427,20 +462,7 @@ def invert_mapping(
         if guess is not None:
             voxels = apply_affine(torch.linalg.inv(guess.affine), places)
             current = apply_affine(back, places + sample_volume(guess.vectors, voxels, fill=None).double().T)
-        # the best place so far, and how far it is from where it should be mapped to
-        found, error = current.clone(), torch.full([len(start)], torch.inf, dtype=torch.float64)
-        active = torch.arange(len(start))
-        for _ in range(num_steps + 1):
-            moved = start[active] - displacement(current)
-            distance = (moved - current).norm(dim=1)
-            better = distance < error[active]
-            found[active[better]], error[active[better]] = current[better], distance[better]
-            rest = distance > tolerance
-            if not bool(rest.any()):
-                break
-            active, current = active[rest], moved[rest]
-        left = (error > tolerance).nonzero()[:, 0]
-        found[left], error[left] = _newton(displacement, start[left], found[left], error[left], step)
+        found, error = _solve(displacement, start, current, step, num_steps, tolerance)
         vectors[:, part] = (apply_affine(affine, found) - places).T.reshape(3, -1, *grid.shape[1:]).float()
         inside = inside_buffer(apply_affine(to_voxels, found), field.vectors.shape[1:])
         errors[part] = torch.where(inside, error, torch.nan).view(-1, *grid.shape[1:]).float()

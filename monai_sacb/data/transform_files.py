@@ -30,25 +30,12 @@ from monai_sacb.data.displacement_files import (
     lps_affine,
     read_displacement,
     read_failure,
-    read_voxel_ddf,
-    save_displacement,
-    write_displacement,
-    write_voxel_ddf,
 )
+from monai_sacb.data.itk_images import place_itk_image, quiet_itk
 from monai_sacb.data.spatial_mapping import PhysicalField, SpatialMapping
 from monai_sacb.utils import replacing
 
-__all__ = [
-    "mapping_from_itk",
-    "mapping_to_itk",
-    "read_displacement",
-    "read_transform",
-    "read_voxel_ddf",
-    "save_displacement",
-    "write_displacement",
-    "write_transform",
-    "write_voxel_ddf",
-]
+__all__ = ["mapping_from_itk", "mapping_to_itk", "read_transform", "write_transform"]
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 TEXT_SUFFIXES = (".tfm", ".txt")
@@ -60,6 +47,8 @@ FIELD_CLASSES = (
     "BSplineSmoothingOnUpdateDisplacementFieldTransform",
     "GaussianSmoothingOnUpdateDisplacementFieldTransform",
 )
+# of a transform file, before compression: double precision, and what a composite of affines takes
+BYTES_PER_VALUE, BASE_BYTES = 8, 1 << 15
 # an affine in MATLAB's form has a few hundred bytes
 MAX_MATLAB_BYTES = 1 << 20
 # a matrix of RAS points made one of LPS points, and back
@@ -98,7 +87,6 @@ def _affine_to_itk(affine: torch.Tensor) -> Any:
 
 def _field_to_itk(field: PhysicalField) -> Any:
     geometry = lps_affine(field.affine)
-    spacing = np.linalg.norm(geometry[:3, :3], axis=0)
     if not np.isfinite(geometry).all() or np.linalg.det(geometry) == 0:
         raise ValueError(f"the grid of a field must have a volume, got the affine {field.affine.tolist()}.")
     vectors = field.vectors.detach().cpu() * LPS.float().view(3, 1, 1, 1)
@@ -108,9 +96,7 @@ def _field_to_itk(field: PhysicalField) -> Any:
     image.Allocate()
     # ITK's arrays have the axes backwards, the components last
     itk.array_view_from_image(image)[...] = vectors.numpy().transpose(3, 2, 1, 0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(geometry[:3, 3].tolist())
-    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(geometry[:3, :3] / spacing)))
+    place_itk_image(image, geometry)
     transform = itk.DisplacementFieldTransform[itk.D, 3].New()
     transform.SetDisplacementField(image)
     return transform
@@ -188,9 +174,28 @@ def write_transform(mapping: SpatialMapping, path: str | os.PathLike[str]) -> No
         transform = _affine_to_itk(total)
     with replacing(path) as temporary:
         try:
-            itk.transformwrite([transform], str(temporary), compression=path.name.endswith(HDF5_SUFFIXES))
+            _check_room(temporary, mapping)
+            with quiet_itk():
+                itk.transformwrite([transform], str(temporary), compression=path.name.endswith(HDF5_SUFFIXES))
         except RuntimeError as error:
             raise OSError(f"cannot write the transform '{path}': {read_failure(error)}.") from error
+
+
+def _check_room(path: Path, mapping: SpatialMapping) -> None:
+    """
+    Refuse to write to a disk without the room for a mapping, by taking it and giving it back.
+
+    HDF5 cannot close a file that it could not write to the end, and ends the process with a crash when it exits.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    values = sum(stage.vectors.numel() for stage in mapping.stages if isinstance(stage, PhysicalField))
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, BASE_BYTES + BYTES_PER_VALUE * values)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        file.truncate(0)
 
 
 def _matlab_vectors(data: bytes) -> dict[str, np.ndarray]:
@@ -240,7 +245,8 @@ def _read_text(text: str) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "transform.tfm"
         file.write_text(text, encoding="utf-8")
-        return list(itk.transformread(str(file)))
+        with quiet_itk():
+            return list(itk.transformread(str(file)))
 
 
 def read_transform(path: str | os.PathLike[str]) -> SpatialMapping:
@@ -267,7 +273,8 @@ def read_transform(path: str | os.PathLike[str]) -> SpatialMapping:
             with path.open("rb") as file:
                 if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
                     raise ValueError("it is no HDF5 file")
-            transforms = list(itk.transformread(str(path)))
+            with quiet_itk():
+                transforms = list(itk.transformread(str(path)))
         elif has_suffix(path, TEXT_SUFFIXES):
             transforms = _read_text(path.read_text(encoding="utf-8"))
         elif has_suffix(path, (".mat",)):

@@ -8,13 +8,10 @@ way is the right one. In memory, geometry is MONAI's: an affine from voxels to R
 
 from __future__ import annotations
 
-import locale
 import logging
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +25,16 @@ from nibabel.spatialimages import HeaderDataError
 
 from monai.data import MetaTensor
 
+from monai_sacb.data.itk_images import array_to_itk, quiet_itk
 from monai_sacb.utils import plain_tensor, replacing
 
-__all__ = ["check_overlap", "quiet_itk", "read_label_volume", "read_mask_volume", "read_volume", "write_volume"]
+__all__ = ["VOLUME_SUFFIXES", "check_overlap", "read_label_volume", "read_mask_volume", "read_volume", "write_volume"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
+# of the images that ITK's package for Python writes
+ITK_TYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 # cosine between two axes; ITK refuses NIfTI files from about twice as much
 SHEAR_TOLERANCE = 1.5e-4
 # of a voxel: what headers differ by when one and the same is written in two ways
@@ -67,21 +69,6 @@ class _Raw(NamedTuple):
     dtype: str
 
 
-@contextmanager
-def quiet_itk() -> Iterator[None]:
-    """
-    Let ITK read without side effects: it prints warnings, of which what matters is said by this module, and its reader
-    of DICOM changes the locale of the process, and so the encoding of files that are opened later.
-    """
-    shown, place = itk.Object.GetGlobalWarningDisplay(), locale.setlocale(locale.LC_ALL)
-    itk.Object.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        itk.Object.SetGlobalWarningDisplay(shown)
-        locale.setlocale(locale.LC_ALL, place)
-
-
 def _reason(error: BaseException) -> str:
     """The message of an error in one line, without the addresses that ITK puts into it."""
     text = re.split(r"ITK ERROR: (?:\w+\(0x[0-9a-f]+\): )?", str(error))[-1]
@@ -90,10 +77,11 @@ def _reason(error: BaseException) -> str:
 
 def _itk_io(path: str) -> Any:
     """ITK's reader for a file, with the header read; None where ITK knows no such files."""
-    io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
-    if io is not None:
-        io.SetFileName(path)
-        io.ReadImageInformation()
+    with quiet_itk():
+        io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
+        if io is not None:
+            io.SetFileName(path)
+            io.ReadImageInformation()
     return io
 
 
@@ -159,6 +147,8 @@ def _itk_geometry(name: str, path: str, affine: np.ndarray, shape: tuple[int, ..
     try:
         io = _itk_io(path)
     except RuntimeError as error:
+        if "orthonormal" in str(error) and np.linalg.det(affine[:3, :3]) == 0:
+            raise ValueError(f"{name} has a header whose axes span no volume: {affine.tolist()}.") from error
         if "orthonormal" in str(error):
             raise ValueError(
                 f"{name} has a sheared header, its axes are not at right angles: {affine.tolist()}; "
@@ -221,14 +211,16 @@ def _read_itk(name: str, path: str) -> _Raw:
     affine = _itk_affine(io)
     dtype = _COMPONENTS.get(io.GetComponentTypeAsString(io.GetComponentType()), "float64")
     reader = itk.ImageFileReader[itk.Image[_pixel_type(dtype), 3]].New(FileName=path)
-    reader.Update()
+    with quiet_itk():
+        reader.Update()
     return _from_itk(reader.GetOutput(), affine, dtype)
 
 
 def _read_series(name: str, path: str) -> _Raw:
     """The one series in a folder of DICOM files."""
-    finder = itk.GDCMSeriesFileNames.New(UseSeriesDetails=True, Directory=path)
-    found = list(finder.GetSeriesUIDs())
+    with quiet_itk():
+        finder = itk.GDCMSeriesFileNames.New(UseSeriesDetails=True, Directory=path)
+        found = list(finder.GetSeriesUIDs())
     if not found:
         raise ValueError(f"{name} is a folder without DICOM images.")
     files = {uid: list(finder.GetFileNames(uid)) for uid in found}
@@ -243,7 +235,8 @@ def _read_series(name: str, path: str) -> _Raw:
     # slices may be scaled each by its own factor
     reader = itk.ImageSeriesReader[itk.Image[itk.F, 3]].New(FileNames=slices)
     reader.SetImageIO(itk.GDCMImageIO.New())
-    reader.Update()
+    with quiet_itk():
+        reader.Update()
     image = reader.GetOutput()
     spacing = np.array(image.GetSpacing())
     _check_spacing(name, spacing)
@@ -266,11 +259,10 @@ def _read(path: str | os.PathLike[str], name: str) -> tuple[_Raw, dict[str, Any]
     if not place.exists():
         raise FileNotFoundError(f"{named} does not exist.")
     try:
-        with quiet_itk():
-            if place.is_dir():
-                raw = _read_series(named, str(place))
-            else:
-                raw = _read_nibabel(named, str(place)) or _read_itk(named, str(place))
+        if place.is_dir():
+            raw = _read_series(named, str(place))
+        else:
+            raw = _read_nibabel(named, str(place)) or _read_itk(named, str(place))
     except _UNREADABLE as error:
         # the sentences of this module name the file already
         if named in str(error):
@@ -388,13 +380,14 @@ def read_mask_volume(path: str | os.PathLike[str], name: str = "mask") -> MetaTe
     return _volume(mask, raw, meta)
 
 
-def check_overlap(moving: MetaTensor, fixed: MetaTensor) -> float:
+def check_overlap(moving: MetaTensor, fixed: MetaTensor, by: str = "by their headers") -> float:
     """
     Refuse a pair said to be aligned whose fields of view have nothing in common.
 
     Args:
         moving: ``(C, D, H, W)`` with its affine to RAS millimetres.
         fixed: likewise.
+        by: what has placed them, for the message.
 
     Returns:
         which share of the fixed image's field of view lies in the moving image's, above 0 and up to 1, to about a
@@ -422,8 +415,8 @@ def check_overlap(moving: MetaTensor, fixed: MetaTensor) -> float:
         ]
         distance = float((_centre(moving) - _centre(fixed)).norm())
         raise ValueError(
-            f"the fields of view of {names[0]} and {names[1]} do not overlap by their headers, their centres are "
-            f"{distance:.4g} mm apart; they must be aligned first."
+            f"the fields of view of {names[0]} and {names[1]} do not overlap {by}: their centres are "
+            f"{distance:.4g} mm apart."
         )
     return max(covered, float(np.finfo(np.float32).tiny))
 
@@ -436,11 +429,11 @@ def _centre(image: MetaTensor) -> torch.Tensor:
 
 def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = None) -> None:
     """
-    Write a volume as NIfTI, millimetres, sform and qform both set, by a temporary name and renamed.
+    Write a volume by a temporary name and renamed: as NIfTI, millimetres, sform and qform both set, or by ITK.
 
     Args:
         image: ``(1, D, H, W)`` with its affine to RAS millimetres, real or integer.
-        path: the file, ``.nii`` or ``.nii.gz``.
+        path: the file, ``.nii`` or ``.nii.gz``; ``.nrrd`` or ``.mha``, compressed.
         dtype: numpy's type of the stored values, unscaled; the image's own by default (uint8 for bool, int32 for int64,
             float32 for halves). For integers values are rounded, and cut to the type's range, which is warned of.
 
@@ -452,8 +445,8 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
         raise ValueError(
             f"image must have shape (1, D, H, W) and an affine, got {type(image).__name__} {list(image.shape)}."
         )
-    if not str(path).endswith((".nii", ".nii.gz")):
-        raise ValueError(f"the file must be named .nii or .nii.gz, got '{path}'.")
+    if not str(path).lower().endswith(VOLUME_SUFFIXES):
+        raise ValueError(f"the file must be named {', '.join(VOLUME_SUFFIXES)}, got '{path}'.")
     values = plain_tensor(image)[0].detach().cpu()
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
@@ -463,6 +456,9 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
     )
     if wanted.kind not in "iuf" or wanted.name == "float16":
         raise ValueError(f"dtype must be an integer or a float type that NIfTI knows, got {dtype}.")
+    nifti = str(path).lower().endswith(NIFTI_SUFFIXES)
+    if not nifti and wanted.name not in ITK_TYPES:
+        raise ValueError(f"'{path}' must be of one of the types {', '.join(ITK_TYPES)}, got {wanted.name}.")
     if not np.isfinite(array).all():
         raise ValueError(
             f"{path}: an image must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite voxels."
@@ -475,6 +471,11 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
             logging.getLogger(__name__).warning(f"{path}: {outside} voxels are cut to the range of {wanted.name}.")
         array = array.clip(limits.min, limits.max)
     affine = image.affine.double().cpu().numpy()
+    if not nifti:
+        volume = array_to_itk(array.astype(wanted), LPS_TO_RAS @ affine)
+        with replacing(path) as temporary:
+            itk.imwrite(volume, str(temporary), compression=True)
+        return
     written = nib.Nifti1Image(array.astype(wanted), affine, dtype=wanted)
     # ITK looks at the sform only under this code, other tools at the qform
     written.set_sform(affine, code=1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .affine import AffineRegistration, estimate_affine
-from .multiscale import InstanceOptimization, refine_multiscale
-from .refinement import refine_ddf
+from .refinement import InstanceOptimization, refine_ddf
 from .registration import RegistrationInferer
 
 __all__ = [
@@ -13,5 +12,4 @@ __all__ = [
     "RegistrationInferer",
     "estimate_affine",
     "refine_ddf",
-    "refine_multiscale",
 ]

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import itk
@@ -19,7 +19,8 @@ from scipy.spatial.transform import Rotation
 from monai.data import MetaTensor
 
 from monai_sacb.data.foreground import CT_AIR, foreground_mask
-from monai_sacb.utils import image_name, plain_tensor
+from monai_sacb.data.itk_images import array_to_itk
+from monai_sacb.utils import check_count, image_name, plain_tensor
 
 __all__ = ["AffineRegistration", "estimate_affine"]
 
@@ -123,16 +124,6 @@ def _coarser(image: _Image, spacing: float) -> _Image:
     return _Image(smooth[thin], image.affine @ step, image.foreground[thin], mask)
 
 
-def _to_itk(array: np.ndarray, affine: np.ndarray) -> Any:
-    """An ITK image of values in our axis order with an affine to LPS mm."""
-    image = itk.image_from_array(np.ascontiguousarray(array.transpose(2, 1, 0)))
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(affine[:3, :3] / spacing)))
-    return image
-
-
 def _draw_points(fixed: _Image, count: int, rng: np.random.Generator) -> np.ndarray:
     """Places ``(N, 3)``, LPS mm, in and around the foreground, or in the mask; between voxels, to favour no grid."""
     if fixed.mask is None or not fixed.mask.any():
@@ -163,13 +154,13 @@ class _Level:
         # mm that a place moves, in the mean, by a change of one in a column of the matrix
         self.radii = np.sqrt(((points - self.centre) ** 2).mean(0)).clip(min=1e-3)
         # ITK does not keep Python's objects alive
-        self.images = [_to_itk(image.array.astype(np.float32), image.affine) for image in (fixed, moving)]
+        self.images = [array_to_itk(image.array.astype(np.float32), image.affine) for image in (fixed, moving)]
         self.points = itk.PointSet[itk.F, 3].New()
         for index, point in enumerate(points.tolist()):
             self.points.SetPoint(index, point)
         if moving.mask is not None:
             self.mask = itk.ImageMaskSpatialObject[3].New()
-            self.mask.SetImage(_to_itk(moving.mask.astype(np.uint8), moving.affine))
+            self.mask.SetImage(array_to_itk(moving.mask.astype(np.uint8), moving.affine))
             self.mask.Update()
         self.transform = itk.AffineTransform[itk.D, 3].New()
         self.transform.SetCenter(self.centre.tolist())
@@ -294,11 +285,6 @@ def _check_numbers(name: str, values: Any) -> None:
         raise ValueError(f"{name} must be finite numbers, got {values!r}.")
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-
 class AffineRegistration:
     """
     Estimate the affine between two volumes of any contrast, by ITK's Mattes mutual information.
@@ -345,10 +331,10 @@ class AffineRegistration:
                 f"iterations must be whole numbers of at least 1, one for each of {len(spacings)} spacings, got "
                 f"{list(iterations)}."
             )
-        _check_count("num_points", num_points, 1000)
-        _check_count("num_bins", num_bins, 8)
-        _check_count("seed", seed, 0)
-        _check_count("num_threads", num_threads, 1)
+        check_count("num_points", num_points, 1000)
+        check_count("num_bins", num_bins, 8)
+        check_count("seed", seed, 0)
+        check_count("num_threads", num_threads, 1)
         if max_zoom <= 1:
             raise ValueError(f"max_zoom must be above 1, got {max_zoom}.")
         self.spacings = tuple(float(spacing) for spacing in spacings)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,13 +13,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
 
-__all__ = ["check_count", "one_output_each", "with_geometry"]
-
-
-def check_count(name: str, number: Any) -> None:
-    """Refuse, with a ``ValueError``, what is not a whole number of at least 1."""
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+__all__ = ["one_output_each", "with_geometry"]
 
 
 def with_geometry(tensor: torch.Tensor, reference: Any) -> torch.Tensor:

@@ -19,8 +19,8 @@ from monai.transforms import MapTransform, Transform
 
 from monai_sacb.data.voxel_fields import ddf_to_displacement
 from monai_sacb.networks.layers import compose, invert
-from monai_sacb.transforms.common import check_count, one_output_each, with_geometry
-from monai_sacb.utils import plain_tensor
+from monai_sacb.transforms.common import one_output_each, with_geometry
+from monai_sacb.utils import check_count, plain_tensor
 
 __all__ = ["ComposeDDFd", "DDFToDisplacementd", "InvertDDFd", "MaskDDFd"]
 

@@ -19,8 +19,8 @@ from monai.utils import ensure_tuple
 
 from monai_sacb.data.point_files import read_point_set, read_point_table
 from monai_sacb.networks.layers import unwarp_points, warp_points
-from monai_sacb.transforms.common import check_count, one_output_each
-from monai_sacb.utils import plain_tensor
+from monai_sacb.transforms.common import one_output_each
+from monai_sacb.utils import check_count, plain_tensor
 
 __all__ = ["LoadPointsd", "PointsToVoxelsd", "TransformPointsd", "read_points", "transform_points"]
 

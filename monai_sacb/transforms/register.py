@@ -11,7 +11,7 @@ from torch import nn
 from monai.networks import eval_mode
 from monai.transforms import Transform
 
-from monai_sacb.inferers import InstanceOptimization, RegistrationInferer
+from monai_sacb.inferers import RegistrationInferer
 from monai_sacb.networks.layers import warp
 from monai_sacb.transforms.common import with_geometry
 from monai_sacb.utils import image_name, plain_tensor
@@ -85,7 +85,7 @@ class RegisterPaird(Transform):
             network = network.to(self.device)
         self.network = identity_field if network is None else network
         if inferer is None and network is None:
-            inferer = RegistrationInferer(iterations=100, refinement=InstanceOptimization())
+            inferer = RegistrationInferer(iterations=100)
         self.inferer = RegistrationInferer() if inferer is None else inferer
         self.moving_key = moving_key
         self.fixed_key = fixed_key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bundle import find_bundle_root
 from .files import file_digest, replacing
 from .json_files import json_text, write_json
+from .numbers import check_count
 from .resources import peak_memory_mb
 from .settings import settings_digest
 from .subjects import pair_names, subject_name, subject_names
@@ -12,6 +13,7 @@ from .tensors import image_name, is_exported, is_traced, plain_tensor
 from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
+    "check_count",
     "compare_states",
     "file_digest",
     "find_bundle_root",

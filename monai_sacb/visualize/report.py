@@ -304,13 +304,13 @@ def _deformation_sections(pictures: _Pictures) -> list[Section]:
     return [
         Section(
             "How was it deformed?",
-            "What is left of the mapping without its affine stage. The lines would be a regular grid of "
-            f"{pictures.step:g} mm without it; they must not cross.",
+            "The deformation that follows the affine stage. Undeformed, the lines are a regular grid of "
+            f"{pictures.step:g} mm; they must not cross.",
             [Row("Deformed grid", f"{pictures.step:g} mm", list(grids))],
         ),
         Section(
             "How far was it displaced?",
-            "Length of the displacement, affine stage left out.",
+            "Length of the displacement, affine stage left out. Colours outside the body mean nothing.",
             [Row("Displacement", "millimetres", list(colours))],
             bar=(gradient_css("viridis"), tuple(f"{x:.3g} mm" for x in np.linspace(0, top, 5)), ""),
         ),
@@ -334,7 +334,8 @@ def _sections(pictures: _Pictures) -> list[Section]:
     sections = [
         Section(
             "Do the images match?",
-            "Both images on top of each other: grey where they agree, coloured where they do not. "
+            "Both images on top of each other: grey where they agree, coloured where they do not. Coloured rims are "
+            "outlines that do not meet; an even tint is a difference of brightness, not of place. "
             "Radiological convention: the patient's right is on the left.",
             _overlay_rows(pictures, "fusion"),
             fusion_keys,

@@ -18,8 +18,8 @@ from nibabel.filebasedimages import ImageFileError
 
 from monai.data import MetaTensor
 
+from monai_sacb.data.displacement_files import read_displacement
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField
-from monai_sacb.data.transform_files import read_displacement
 from monai_sacb.data.volumes import read_label_volume, read_volume
 
 __all__ = ["ReportSource"]
@@ -115,6 +115,8 @@ class ReportSource:
         transform, metrics = _read_json(folder / "transform.json"), _read_json(folder / "metrics.json")
         if metrics.get("verdict") not in VERDICTS:
             raise ValueError(f"'{folder / 'metrics.json'}' must hold a verdict, got {metrics.get('verdict')!r}.")
+        if not isinstance(metrics.get("reasons", []), list):
+            raise ValueError(f"'{folder / 'metrics.json'}' must hold a list of reasons, got {metrics['reasons']!r}.")
         try:
             first, second, third = (int(size) for size in transform["fixed"]["shape"])
             matrices = [np.array(m, dtype=np.float64) for m in (transform["fixed"]["affine"], transform["affine"])]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,16 @@ from itk_oracle import AFFINE, GRIDS, LPS, itk_composite, itk_image, itk_points,
 
 from monai.data import MetaTensor
 
-from monai_sacb.data.displacement_files import ddf_from_field, field_from_ddf
-from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping, resample_volume
-from monai_sacb.data.transform_files import (
-    mapping_from_itk,
-    mapping_to_itk,
+from monai_sacb.data.displacement_files import (
+    ddf_from_field,
+    field_from_ddf,
     read_displacement,
-    read_transform,
     read_voxel_ddf,
     write_displacement,
-    write_transform,
     write_voxel_ddf,
 )
+from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping, resample_volume
+from monai_sacb.data.transform_files import mapping_from_itk, mapping_to_itk, read_transform, write_transform
 
 SHAPE = (11, 13, 9)
 
@@ -298,6 +298,27 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"old"
+
+
+def test_process_ends_well_after_a_full_disk(tmp_path: Path) -> None:
+    """HDF5 crashes at the end of a process in which it could not write a file to its end."""
+    program = """
+import resource, sys, torch
+from monai_sacb.data import PhysicalField, SpatialMapping, write_transform
+mapping = SpatialMapping([PhysicalField(torch.rand(3, 20, 20, 20), torch.eye(4).double())])
+write_transform(mapping, sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    write_transform(mapping, sys.argv[1])
+except OSError as error:
+    print(error.strerror)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "t.h5")], capture_output=True, text=True, timeout=300
+    )
+    assert (ended.returncode, ended.stdout.strip()) == (0, "File too large"), ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["t.h5"]
+    assert read_transform(tmp_path / "t.h5").stages[0].vectors.shape == (3, 20, 20, 20)
 
 
 # ---- displacement images ----

@@ -474,7 +474,7 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     for bad, name, dtype, message in [
         (torch.rand(1, 3, 4, 5), "a.nii", None, r"got Tensor \[1, 3, 4, 5\]"),
         (MetaTensor(torch.rand(2, 3, 4, 5)), "a.nii", None, r"got MetaTensor \[2, 3, 4, 5\]"),
-        (image, "a.mha", None, "must be named .nii or .nii.gz"),
+        (image, "a.mgz", None, "must be named .nii, .nii.gz, .nrrd, .mha"),
         (image, "a.nii", "complex64", "got complex64"),
         (image / 0, "a.nii", None, "must be finite, got 60 NaN or infinite"),
     ]:

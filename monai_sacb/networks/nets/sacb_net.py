@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,13 +15,9 @@ from monai.utils import ensure_tuple_rep
 
 from monai_sacb.networks.blocks import ConvFlowEstimator, MatchingFlowEstimator
 from monai_sacb.networks.nets.feature_pyramid import FeaturePyramidEncoder
+from monai_sacb.utils import check_count
 
 __all__ = ["SACBNet"]
-
-
-def _check_steps(integration_steps: int) -> None:
-    if isinstance(integration_steps, bool) or not isinstance(integration_steps, Integral) or integration_steps < 1:
-        raise ValueError(f"integration_steps must be a whole number of at least 1, got {integration_steps!r}.")
 
 
 class SACBNet(nn.Module):
@@ -87,7 +82,7 @@ class SACBNet(nn.Module):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
         if not isinstance(diffeomorphic, bool):
             raise ValueError(f"diffeomorphic must be True or False, got {diffeomorphic!r}.")
-        _check_steps(integration_steps)
+        check_count("integration_steps", integration_steps)
         # ensure_tuple_rep refuses a sequence that is not of one number per level
         clusters = ensure_tuple_rep(num_clusters, 4)
         self.spatial_dims = spatial_dims
@@ -122,7 +117,7 @@ class SACBNet(nn.Module):
 
     def _set_steps(self, integration_steps: int) -> None:
         if integration_steps != 0:
-            _check_steps(integration_steps)
+            check_count("integration_steps", integration_steps)
         elif self.integration_steps > 0:
             logging.getLogger(__name__).warning(
                 "the weights are of a network that is not diffeomorphic: now this one is not either."
