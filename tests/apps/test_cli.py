@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from synthetic_pair import Pair
 
 import monai_sacb
 from monai_sacb.apps import bundle_source, cli, registration
-from monai_sacb.apps.cli import main
+from monai_sacb.apps.cli import _surely_interrupted, main
+from monai_sacb.data import read_volume, write_volume
 
 # what is typed, and what the one line on stderr must name
 MISTAKES = {
@@ -84,7 +86,7 @@ MISTAKES = {
     "evaluation of nothing": (["evaluate", "--transform=out"], r"evaluate needs fixed_label and moving_label"),
     "conversion of no field": (["convert", "--input=a.h5", "--output=b.nii.gz"], r"a.h5"),
     "information about something": (["info", "--verbose"], r"--verbose"),
-    "empty name": (["bundle", "--output_dir="], r"output_dir|exists"),
+    "empty name": (["bundle", "--output_dir="], r"option '--output_dir' is empty"),
 }
 
 
@@ -322,6 +324,58 @@ def test_interrupted_registration_leaves_nothing(pair: Pair, own_folder: Path, n
     assert process.returncode == 130
     assert error.strip().splitlines()[-1] == "monai-sacb: interrupted; nothing is left half-written."
     assert os.listdir(own_folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupted", "terminated"])
+def test_interruption_within_a_callback_is_not_lost(number: int) -> None:
+    class Thing:
+        pass
+
+    with pytest.raises(KeyboardInterrupt), _surely_interrupted():
+        thing = Thing()
+        # Python drops what is raised in such a callback
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
+        del thing
+        assert reference() is None
+        time.sleep(10)
+
+
+def test_other_errors_in_a_callback_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    class Thing:
+        def __del__(self) -> None:
+            raise ValueError("dropped")
+
+    with _surely_interrupted():
+        Thing()
+    assert "dropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["t.h5", "t.mha", "t.nrrd", "t.nii"])
+def test_truncated_file_is_one_line(
+    pair: Pair, registered: Path, own_folder: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    if name == "t.h5":
+        content = (registered / "transform.h5").read_bytes()
+    else:
+        write_volume(read_volume(pair.moving), own_folder / name)
+        content = (own_folder / name).read_bytes()
+    (own_folder / name).write_bytes(content[: len(content) // 2])
+    given = (
+        ["--transform", name, "--input", pair.moving]
+        if name == "t.h5"
+        else ["--transform", str(registered), "--input", name]
+    )
+    assert exit_code(["apply", *given, "--reference", pair.fixed, "--output", "out.nii.gz"]) == 2
+    output = capfd.readouterr()
+    assert output.out == "" and output.err.startswith("monai-sacb: ") and output.err.count("\n") == 1, output.err
+    assert name in output.err
+    assert os.listdir(own_folder) == [name]
+
+
+def test_home_is_expanded(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(own_folder))
+    assert exit_code(["bundle", "--output_dir=~/copy"]) == 0
+    assert (own_folder / "copy" / "configs" / "inference.json").is_file()
 
 
 def test_module_runs(own_folder: Path) -> None:

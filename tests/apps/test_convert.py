@@ -15,8 +15,9 @@ import torch
 from itk_oracle import AFFINE, GRIDS, itk_composite, itk_field, itk_points, smooth, smooth_field
 
 from monai_sacb.apps.convert_field import FIELD_KINDS, convert
+from monai_sacb.data.displacement_files import read_displacement, write_displacement
 from monai_sacb.data.spatial_mapping import PhysicalField, SpatialMapping
-from monai_sacb.data.transform_files import read_displacement, write_displacement, write_transform
+from monai_sacb.data.transform_files import write_transform
 from monai_sacb.data.voxel_fields import load_learn2reg_field
 
 FIXED, MOVING = (12, 10, 11), (9, 11, 10)

@@ -299,6 +299,34 @@ def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "output_dir '.*file' is a file"),
+        ("file/below", "output_dir '.*below' cannot be made: '.*file' is a file"),
+        ("link", "output_dir '.*link' is a link that leads nowhere"),
+    ],
+)
+def test_folder_that_results_cannot_go_to(pair: Pair, tmp_path: Path, output: str, message: str, dry_run: bool) -> None:
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match=message):
+        register(fixed=pair.fixed, moving=pair.moving, output_dir=str(tmp_path / output), dry_run=dry_run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_affine_that_leads_away(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "away.tfm").write_text(
+        "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+        "Parameters: 1 0 0 0 1 0 0 0 1 900 0 0\nFixedParameters: 0 0 0\n"
+    )
+    with pytest.raises(ValueError, match="do not overlap after the given affine: their centres are 900"):
+        register(
+            fixed=pair.fixed, moving=pair.moving, output_dir=str(tmp_path / "o"), affine=str(tmp_path / "away.tfm")
+        )
+
+
 def test_many_pairs_go_on_after_a_bad_one(pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = tmp_path / "pairs.csv"
     rows = [(pair.fixed, pair.moving, "first"), (pair.fixed, "missing.nii.gz", "second"), (pair.moving, pair.fixed, "")]

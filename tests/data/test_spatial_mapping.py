@@ -288,3 +288,7 @@ def test_inverse_of_a_field_that_stretches_and_shrinks_strongly() -> None:
     there = SpatialMapping([inverse]).transform_points(points)
     assert float((there - points).norm(dim=1).max()) > 2
     assert float((SpatialMapping([field]).transform_points(there) - points).norm(dim=1).max()) < 0.01
+    # for points alone, where the field ends at the edge of its grid
+    inner = points[((points > 1) & (points < size - 2)).all(1)]
+    alone = SpatialMapping([field]).inverse_transform_points(inner)
+    assert float((SpatialMapping([field]).transform_points(alone) - inner).norm(dim=1).max()) < 0.01

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from itk_oracle import GRIDS
 
 from monai.data import MetaTensor
 
@@ -469,6 +470,21 @@ def test_types_of_written_volumes(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "2 voxels are cut to the range of uint8" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"])
+def test_written_by_itk(tmp_path: Path, suffix: str, dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 200, (1, 5, 7, 6)).astype(np.float64)
+    affine = torch.from_numpy(GRIDS["oblique"])
+    write_volume(MetaTensor(torch.from_numpy(values), affine=affine), tmp_path / f"a{suffix}", dtype)
+    found = read_volume(tmp_path / f"a{suffix}")
+    assert found.meta["original_dtype"] == dtype
+    np.testing.assert_array_equal(found.numpy(), values)
+    torch.testing.assert_close(found.affine, affine, rtol=0, atol=1e-6)
+    written = itk.imread(str(tmp_path / f"a{suffix}"))
+    np.testing.assert_array_equal(itk.array_from_image(written), values[0].T)
+    assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
+
+
 def test_what_is_not_written(tmp_path: Path) -> None:
     image = MetaTensor(torch.rand(1, 3, 4, 5), affine=torch.eye(4, dtype=torch.float64))
     for bad, name, dtype, message in [
@@ -476,6 +492,7 @@ def test_what_is_not_written(tmp_path: Path) -> None:
         (MetaTensor(torch.rand(2, 3, 4, 5)), "a.nii", None, r"got MetaTensor \[2, 3, 4, 5\]"),
         (image, "a.mgz", None, "must be named .nii, .nii.gz, .nrrd, .mha"),
         (image, "a.nii", "complex64", "got complex64"),
+        (image, "a.nrrd", "int8", "must be of one of the types uint8, int16, .*, got int8"),
         (image / 0, "a.nii", None, "must be finite, got 60 NaN or infinite"),
     ]:
         with pytest.raises(ValueError, match=message):
