@@ -340,14 +340,17 @@ def test_interruption_within_a_callback_is_not_lost(number: int) -> None:
         time.sleep(10)
 
 
-def test_other_errors_in_a_callback_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_errors_in_a_callback_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: reported.append(dropped.exc_type))
+
     class Thing:
         def __del__(self) -> None:
             raise ValueError("dropped")
 
     with _surely_interrupted():
         Thing()
-    assert "dropped" in capsys.readouterr().err
+    assert reported == [ValueError]
 
 
 @pytest.mark.parametrize("name", ["t.h5", "t.mha", "t.nrrd", "t.nii"])
@@ -360,12 +363,9 @@ def test_truncated_file_is_one_line(
         write_volume(read_volume(pair.moving), own_folder / name)
         content = (own_folder / name).read_bytes()
     (own_folder / name).write_bytes(content[: len(content) // 2])
-    given = (
-        ["--transform", name, "--input", pair.moving]
-        if name == "t.h5"
-        else ["--transform", str(registered), "--input", name]
-    )
-    assert exit_code(["apply", *given, "--reference", pair.fixed, "--output", "out.nii.gz"]) == 2
+    transform, image = (name, pair.moving) if name == "t.h5" else (str(registered), name)
+    arguments = ["--transform", transform, "--input", image, "--reference", pair.fixed, "--output", "out.nii.gz"]
+    assert exit_code(["apply", *arguments]) == 2
     output = capfd.readouterr()
     assert output.out == "" and output.err.startswith("monai-sacb: ") and output.err.count("\n") == 1, output.err
     assert name in output.err
