@@ -7,7 +7,7 @@ from .bundle_copy import bundle, bundle_source
 from .convert_field import convert
 from .evaluating import evaluate
 from .information import info
-from .models import available_models, find_model
+from .models import available_models, find_model, load_pretrained
 from .registering import register
 from .registration import RegistrationResult
 from .reporting import report
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "find_model",
     "info",
+    "load_pretrained",
     "register",
     "report",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from monai.bundle import ConfigParser
@@ -18,8 +19,7 @@ from monai.bundle import ConfigParser
 from monai_sacb.apps.bundle_copy import bundle_source
 from monai_sacb.utils import file_digest
 
-__all__ = ["RegistrationModel", "available_models", "find_model"]
-
+__all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained"]
 
 # entries of the configs that a file beside weights may set
 SETTINGS = ("network_def", "working_grid", "refine_alone", "refine_after_network", "thresholds")
@@ -85,23 +85,35 @@ def _models_folder() -> Path:
     return bundle_source() / "models"
 
 
+def _read_card(weights: Path) -> dict[str, Any]:
+    """The file beside weights that describes them; empty where there is none."""
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
+    if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
+        raise ValueError(f"'{path}' is not the card of a model: it must be an object, perhaps with 'settings'.")
+    return card
+
+
+def _own_models() -> dict[str, Path]:
+    """The weights that came with the package, by the names on their cards."""
+    return {str(_read_card(path).get("name", path.stem)): path for path in sorted(_models_folder().glob("*.pt"))}
+
+
 def available_models() -> list[str]:
     """Names of the models that came with the package."""
-    return sorted(path.stem for path in _models_folder().glob("*.pt"))
+    return sorted(_own_models())
 
 
 def _with_card(name: str, bundle_root: Path, weights: Path) -> RegistrationModel:
     digest = file_digest(weights)
-    card: Any = {}
-    path = weights.with_suffix(".json")
-    if path.is_file():
-        try:
-            card = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
-        if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
-            raise ValueError(f"'{path}' is not the card of a model: it must be an object, perhaps with 'settings'.")
-        expected = card.get("sha256")
+    card = _read_card(weights)
+    if card:
+        path, expected = weights.with_suffix(".json"), card.get("sha256")
         if expected is not None and expected != digest:
             raise ValueError(f"'{weights}' is not the file that '{path}' describes: its SHA-256 is {digest}.")
         for key, value in card.get("settings", {}).items():
@@ -130,9 +142,9 @@ def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
     name = os.fspath(model)
     if name.lower() == "none":
         return RegistrationModel("none", bundle_source())
-    names = available_models()
-    if name in names:
-        return _with_card(name, bundle_source(), _models_folder() / f"{name}.pt")
+    own = _own_models()
+    if name in own:
+        return _with_card(name, bundle_source(), own[name])
     path = Path(name)
     if path.is_dir():
         root, weights = path.resolve(), path.resolve() / "models" / "model.pt"
@@ -141,7 +153,30 @@ def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
         return _with_card(root.name, root, weights)
     if path.is_file():
         return _with_card(path.stem, bundle_source(), path.resolve())
-    known = ", ".join([*names, "none"])
+    known = ", ".join([*sorted(own), "none"])
     raise FileNotFoundError(
         f"there is no model '{name}': give one of {known}, a file of weights, or a bundle's folder."
     )
+
+
+def load_pretrained(model: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+    """
+    A network with its weights, ready for inference; the digest of the weights is compared with that on their card.
+
+    Args:
+        model: a name among :py:func:`available_models`, a file of weights, or a bundle's folder; see
+            :py:func:`find_model`.
+        device: where to put it.
+
+    Returns:
+        :py:class:`monai_sacb.networks.nets.SACBNet`, or what the bundle's ``inference.json`` says, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: When there is no such model.
+        ValueError: When its card is broken or does not belong to it, or ``model`` is ``"none"``.
+    """
+    found = find_model(model)
+    network = found.network(found.parser(device=torch.device(device)))
+    if network is None:
+        raise ValueError(f"'{model}' is no network; there is: {', '.join(available_models())}.")
+    return network

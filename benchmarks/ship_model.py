@@ -1,0 +1,127 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Put the weights of a training into the bundle: with a card, and the training's curves as a table and a plot.
+
+    python benchmarks/ship_model.py --output_dir output_supervised --name hippocampus \
+        --title "hippocampus, with labels" --data "..." --licence "..." --command "..." \
+        --evaluation output_evaluated/summary.json --settings '{"working_grid#spacing": 1.0}'
+
+writes NAME.pt (or ``--file``.pt) and its card NAME.json into bundle/models, NAME_training.csv and NAME_training.png into
+bundle/docs. The card's ``sha256`` is compared whenever the weights are loaded by name, its ``settings`` are used then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from collections import defaultdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from monai_sacb.utils import file_digest, replacing, write_json
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
+
+
+def training_curves(log_dir: Path) -> dict[int, dict[str, float]]:
+    """Of each epoch: the mean loss of its steps, its terms, and the metrics of the validation after it."""
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    curves: dict[int, dict[str, float]] = defaultdict(dict)
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            if tag != "train_loss":
+                curves[event.step][tag] = event.value
+    steps = events.Scalars("train_loss")
+    length = max(1, round(len(steps) / max(curves)))
+    sums: dict[int, list[float]] = defaultdict(list)
+    for number, event in enumerate(steps):
+        sums[number // length + 1].append(event.value)
+    for epoch, values in sums.items():
+        curves[epoch]["train_loss"] = sum(values) / len(values)
+    return dict(sorted(curves.items()))
+
+
+def write_curves(curves: dict[int, dict[str, float]], path: Path) -> None:
+    names = sorted({name for row in curves.values() for name in row}, key=lambda name: (name != "train_loss", name))
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", *names])
+        for epoch, row in curves.items():
+            writer.writerow([epoch, *(f"{row[name]:.5f}" if name in row else "" for name in names)])
+
+
+def plot_curves(curves: dict[int, dict[str, float]], title: str, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    for axis, names in (
+        (
+            left,
+            [n for n in ("train_loss", *sorted({n for row in curves.values() for n in row if n.startswith("loss_")}))],
+        ),
+        (right, ["val_dice_before", "val_dice", "val_dice_linear"]),
+    ):
+        for name in names:
+            points = [(epoch, row[name]) for epoch, row in curves.items() if name in row]
+            if points:
+                axis.plot(*zip(*points), label=name, marker="o" if axis is right else None)
+        axis.set_xlabel("epoch")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="of the training")
+    parser.add_argument("--name", required=True, help="what register --model calls it")
+    parser.add_argument("--file", help="name of the file, if it is another")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--data", required=True, help="what it was trained on")
+    parser.add_argument("--licence", required=True, help="of the data and of the weights")
+    parser.add_argument("--command", required=True, help="by which it was trained")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settings", type=json.loads, default={}, help="entries of the configs to be used with it")
+    parser.add_argument("--evaluation", type=Path, help="summary.json of its evaluation")
+    arguments = parser.parse_args()
+    stem = arguments.file or arguments.name
+    weights = arguments.output_dir / "model.pt"
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    target = BUNDLE / "models" / f"{stem}.pt"
+    target.parent.mkdir(exist_ok=True)
+    with replacing(target) as temporary:
+        shutil.copyfile(weights, temporary)
+    curves = training_curves(arguments.output_dir / "tensorboard")
+    write_curves(curves, BUNDLE / "docs" / f"{stem}_training.csv")
+    plot_curves(curves, arguments.title, BUNDLE / "docs" / f"{stem}_training.png")
+    metrics = {}
+    if arguments.evaluation is not None:
+        summary = json.loads(arguments.evaluation.read_text(encoding="utf-8"))
+        metrics = {key: value for key, value in summary.items() if "/" not in key or key.endswith("/mean")}
+    card = {
+        "name": arguments.name,
+        "title": arguments.title,
+        "sha256": file_digest(target),
+        "parameters": sum(value.numel() for value in state.values()),
+        "data": arguments.data,
+        "licence": arguments.licence,
+        "training": {"command": arguments.command, "seed": arguments.seed, "epochs": max(curves)},
+        "metrics": metrics,
+        "settings": arguments.settings,
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("monai-sacb", "monai", "torch")},
+    }
+    write_json(card, target.with_suffix(".json"))
+
+
+if __name__ == "__main__":
+    main()
