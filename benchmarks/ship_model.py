@@ -6,8 +6,8 @@
         --title "hippocampus, with labels" --data "..." --licence "..." --command "..." \
         --evaluation output_evaluated/summary.json --settings '{"working_grid#spacing": 1.0}'
 
-writes NAME.pt (or ``--file``.pt) and its card NAME.json into bundle/models, NAME_training.csv and NAME_training.png into
-bundle/docs. The card's ``sha256`` is compared whenever the weights are loaded by name, its ``settings`` are used then.
+writes NAME.pt (or ``--file``.pt) and its card NAME.json into bundle/models, NAME_training.csv and NAME_training.png
+into bundle/docs. The card's ``sha256`` is compared whenever the weights are loaded by name, its ``settings`` are used then.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def plot_curves(curves: dict[int, dict[str, float]], title: str, path: Path) -> 
     for axis, names in (
         (
             left,
-            [n for n in ("train_loss", *sorted({n for row in curves.values() for n in row if n.startswith("loss_")}))],
+            ["train_loss", *sorted({name for row in curves.values() for name in row if name.startswith("loss_")})],
         ),
         (right, ["val_dice_before", "val_dice", "val_dice_linear"]),
     ):
