@@ -7,7 +7,7 @@
         --evaluation output_evaluated/summary.json --settings '{"working_grid#spacing": 1.0}'
 
 writes NAME.pt (or ``--file``.pt) and its card NAME.json into bundle/models, NAME_training.csv and NAME_training.png
-into bundle/docs. The card's ``sha256`` is compared whenever the weights are loaded by name, its ``settings`` are used then.
+into bundle/docs. Whenever the weights are loaded by name, the card's ``sha256`` is compared and its ``settings`` used.
 """
 
 from __future__ import annotations
