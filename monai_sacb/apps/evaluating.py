@@ -18,6 +18,7 @@ from monai_sacb.data.point_files import read_point_set
 from monai_sacb.data.spatial_mapping import Grid, PointMapping, SpatialMapping, resample_volume
 from monai_sacb.data.volumes import read_label_volume
 from monai_sacb.metrics import compute_label_dice, compute_label_hausdorff
+from monai_sacb.metrics.overlap import number_labels
 from monai_sacb.utils import plain_tensor, write_json
 
 __all__ = ["Evaluation", "evaluate"]
@@ -70,13 +71,8 @@ def _compare(
         raise ValueError("the label maps have no label in common that could be scored.")
     # numbered without gaps, for the distances
     numbers = torch.tensor(ids)
-
-    def numbered(label: torch.Tensor) -> torch.Tensor:
-        position = torch.searchsorted(numbers, label.long()).clamp(max=len(ids) - 1)
-        return torch.where(numbers[position] == label, position + 1, 0)
-
     columns: dict[str, list[float]] = {}
-    fixed_numbered = numbered(target)
+    fixed_numbered = number_labels(target, numbers)
     stages: dict[str, tuple[PointMapping, str]] = {
         "before": (SpatialMapping(), "nearest"),
         "after": (forward, "nearest"),
@@ -87,7 +83,8 @@ def _compare(
         suffix = {"before": "_before", "after": "", "linear": "_linear"}[stage]
         columns[f"dice{suffix}"] = compute_label_dice(warped[None], target[None], ids)[0].tolist()
         if stage != "linear":
-            distances = compute_label_hausdorff(numbered(warped)[None], fixed_numbered[None], grid.spacing, len(ids))
+            numbered = number_labels(warped, numbers)
+            distances = compute_label_hausdorff(numbered[None], fixed_numbered[None], grid.spacing, len(ids))
             columns[f"hd95{suffix}_mm"] = distances[0].tolist()
     return {
         names.get(label, str(label)): {metric: columns[metric][i] for metric in METRICS} for i, label in enumerate(ids)

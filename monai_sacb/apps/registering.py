@@ -14,7 +14,7 @@ from typing import Any
 from monai_sacb.apps.pair_reading import PairFiles
 from monai_sacb.apps.planning import plan_registration
 from monai_sacb.apps.registration import RegistrationOptions, RegistrationResult, Setting, register_files
-from monai_sacb.utils import replacing, subject_names
+from monai_sacb.utils import first_line, replacing, subject_names
 
 __all__ = ["PairsResult", "register"]
 
@@ -116,7 +116,7 @@ def _register_pairs(
                 rows.append(_row(name, register_files(files, Path(output_dir) / name, options, setting)))
             except Exception as error:
                 # whatever it is: the others do not depend on this one
-                message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                message = first_line(error)
                 logger.error(f"{name}: {message}")
                 rows.append({"output": name, "verdict": "error", "message": message})
     finally:

@@ -29,7 +29,7 @@ from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_regi
 from monai_sacb.apps.working_pair import WorkingPair
 from monai_sacb.data.spatial_mapping import SpatialMapping
 from monai_sacb.networks.layers import warp
-from monai_sacb.utils import peak_memory_mb, write_json
+from monai_sacb.utils import first_line, peak_memory_mb, write_json
 from monai_sacb.visualize.report import write_report
 
 __all__ = ["RegistrationOptions", "RegistrationResult", "register_files"]
@@ -149,8 +149,7 @@ class Setting:
             self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device '{options.device}' cannot be used: {reason}") from error
+            raise ValueError(f"device '{options.device}' cannot be used: {first_line(error)}.") from error
         # the refinement is a stage of its own here
         self.parser = self.model.parser(device=self.device, refine=0)
         self.parser["affine_stage#seed"] = options.seed

@@ -22,7 +22,7 @@ import torch
 
 from monai_sacb.data.slicer_markups import MarkupsSource, new_markups, parse_markups
 from monai_sacb.data.spatial_mapping import Grid, apply_affine
-from monai_sacb.utils import replacing
+from monai_sacb.utils import first_line, replacing
 
 __all__ = ["POINT_SUFFIXES", "PointSet", "PointTable", "read_point_set", "read_point_table", "write_point_set"]
 
@@ -251,8 +251,7 @@ def _read_failure(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return first_line(error)
 
 
 # ---- files ----

@@ -16,7 +16,7 @@ from nibabel.filebasedimages import ImageFileError
 from scipy.ndimage import zoom
 
 from monai_sacb.networks.layers import reference_grid
-from monai_sacb.utils import replacing
+from monai_sacb.utils import first_line, replacing
 
 __all__ = [
     "LEARN2REG_EXTENSIONS",
@@ -179,8 +179,7 @@ def load_learn2reg_field(path: str | os.PathLike[str]) -> torch.Tensor:
         if bad:
             raise ValueError(f"it has {bad} NaN or infinite values")
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, ImageFileError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read the field '{path}': {reason}.") from error
+        raise ValueError(f"cannot read the field '{path}': {first_line(error)}.") from error
     if array.shape[-1] == 3:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))
     return torch.from_numpy(np.stack([zoom(component, 2, order=2) for component in array]))

@@ -13,6 +13,7 @@ from monai.data import ImageReader
 from monai.transforms import LoadImaged
 
 from monai_sacb.data.pickle_reader import PickledVolumeReader
+from monai_sacb.utils import first_line
 
 __all__ = ["LoadVolumed"]
 
@@ -63,6 +64,5 @@ class LoadVolumed(LoadImaged):
             try:
                 loaded[key] = self._loader(data[key], reader or self._reader(key, data[key]))
             except _UNREADABLE as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ValueError(f"cannot read {key} '{data[key]}': {reason}") from error
+                raise ValueError(f"cannot read {key} '{data[key]}': {first_line(error)}.") from error
         return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bundle import find_bundle_root
+from .errors import first_line
 from .files import file_digest, replacing
 from .json_files import json_text, write_json
 from .numbers import check_count
@@ -17,6 +18,7 @@ __all__ = [
     "compare_states",
     "file_digest",
     "find_bundle_root",
+    "first_line",
     "image_name",
     "is_exported",
     "is_traced",

@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai_sacb.data.displacement_files import read_displacement
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField
 from monai_sacb.data.volumes import read_label_volume, read_volume
+from monai_sacb.utils import first_line
 
 __all__ = ["ReportSource"]
 
@@ -48,8 +49,7 @@ def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         image: Any = nib.load(path)
         array = np.asanyarray(image.dataobj)
     except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read '{path}': {reason}") from error
+        raise ValueError(f"cannot read '{path}': {first_line(error)}.") from error
     if array.shape != shape:
         raise ValueError(f"'{path}' must have the size {shape} of the fixed image, got {array.shape}.")
     return array
