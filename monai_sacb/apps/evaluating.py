@@ -18,7 +18,7 @@ from monai_sacb.data.point_files import read_point_set
 from monai_sacb.data.spatial_mapping import Grid, PointMapping, SpatialMapping, resample_volume
 from monai_sacb.data.volumes import read_label_volume
 from monai_sacb.metrics import compute_label_dice, compute_label_hausdorff
-from monai_sacb.metrics.overlap import number_labels
+from monai_sacb.transforms import number_labels
 from monai_sacb.utils import plain_tensor, write_json
 
 __all__ = ["Evaluation", "evaluate"]
@@ -69,10 +69,9 @@ def _compare(
         ids = [label for label in ids if label in names]
     if not ids:
         raise ValueError("the label maps have no label in common that could be scored.")
-    # numbered without gaps, for the distances
-    numbers = torch.tensor(ids)
     columns: dict[str, list[float]] = {}
-    fixed_numbered = number_labels(target, numbers)
+    # without gaps, for the distances
+    fixed_numbered = number_labels(target, ids)
     stages: dict[str, tuple[PointMapping, str]] = {
         "before": (SpatialMapping(), "nearest"),
         "after": (forward, "nearest"),
@@ -83,7 +82,7 @@ def _compare(
         suffix = {"before": "_before", "after": "", "linear": "_linear"}[stage]
         columns[f"dice{suffix}"] = compute_label_dice(warped[None], target[None], ids)[0].tolist()
         if stage != "linear":
-            numbered = number_labels(warped, numbers)
+            numbered = number_labels(warped, ids)
             distances = compute_label_hausdorff(numbered[None], fixed_numbered[None], grid.spacing, len(ids))
             columns[f"hd95{suffix}_mm"] = distances[0].tolist()
     return {

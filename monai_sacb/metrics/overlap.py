@@ -9,13 +9,6 @@ import torch
 __all__ = ["compute_label_dice", "lowest_mean", "lowest_quantile"]
 
 
-def number_labels(label: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Labels numbered without gaps: from 1 by their place in ``ids``, which are sorted; 0 for any other value."""
-    label = label.long()
-    position = torch.searchsorted(ids, label).clamp(max=len(ids) - 1)
-    return torch.where(ids[position] == label, position + 1, 0)
-
-
 def compute_label_dice(pred: torch.Tensor, target: torch.Tensor, label_ids: Sequence[int]) -> torch.Tensor:
     """
     Dice of label maps for any ids, counted without a map for each label.
@@ -43,10 +36,16 @@ def compute_label_dice(pred: torch.Tensor, target: torch.Tensor, label_ids: Sequ
     if not len(ids):
         return dice
 
+    def numbered(label: torch.Tensor) -> torch.Tensor:
+        """Positions in the sorted ids; their number for any other value."""
+        flat = label.flatten().long().cpu()
+        position = torch.searchsorted(ids, flat).clamp(max=len(ids) - 1)
+        return torch.where(ids[position] == flat, position, len(ids))
+
     for row, one, other in zip(dice, pred, target):
-        a, b = (number_labels(label.flatten().cpu(), ids) for label in (one, other))
-        sizes = (a.bincount(minlength=len(ids) + 1) + b.bincount(minlength=len(ids) + 1))[1:].double()
-        common = a[a == b].bincount(minlength=len(ids) + 1)[1:].double()
+        a, b = numbered(one), numbered(other)
+        sizes = (a.bincount(minlength=len(ids) + 1) + b.bincount(minlength=len(ids) + 1))[:-1].double()
+        common = a[a == b].bincount(minlength=len(ids) + 1)[:-1].double()
         row[order] = torch.where(sizes > 0, 2 * common / sizes, torch.nan)
     return dice
 
