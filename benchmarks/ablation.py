@@ -16,8 +16,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class _MeansWithGradient(nn.Module):
         sums = torch.zeros_like(centroids, dtype=points.dtype)
         index = labels.long()[..., None].expand_as(points)
         sums = sums.scatter_add(1, index, points)
-        counts = torch.zeros(*centroids.shape[:2], 1, dtype=points.dtype).scatter_add(
+        counts = points.new_zeros(*centroids.shape[:2], 1).scatter_add(
             1, labels.long()[..., None], torch.ones_like(points[..., :1])
         )
         return labels, torch.where(counts > 0, sums / counts.clamp(min=1), centroids.to(points.dtype))
@@ -78,7 +79,7 @@ class Arm(NamedTuple):
     """What is different."""
 
     text: str
-    overrides: dict[str, Any] = {}  # noqa: RUF012
+    overrides: Mapping[str, Any] = MappingProxyType({})
     change: Callable[[nn.Module], None] | None = None
     files: tuple[str, ...] = ()
 
@@ -121,7 +122,7 @@ def main() -> None:
     for name in arguments.arms:
         dice, folds = [], []
         for seed in arguments.seeds:
-            folder = arguments.output_dir / f"{name}_{seed}"
+            folder = arguments.output_dir / f"{name}_{seed}_{arguments.epochs}epochs_label{arguments.label_weight:g}"
             if not (folder / "summary.json").is_file():
                 start = time.perf_counter()
                 options = {

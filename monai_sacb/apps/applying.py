@@ -130,7 +130,7 @@ def apply(
     if Path(output).is_dir():
         raise IsADirectoryError(f"output '{output}' is a folder; a file is needed.")
     suffixes = POINT_SUFFIXES if _is_points(input) else VOLUME_SUFFIXES
-    if not output.lower().endswith(suffixes):
+    if not (output.lower() if _is_points(input) else output).endswith(suffixes):
         raise ValueError(f"output '{output}' must end in {', '.join(suffixes)}.")
     forward, backward = load_mappings(transform)
     if _is_points(input):

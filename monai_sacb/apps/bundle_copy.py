@@ -7,18 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-__all__ = ["bundle", "bundle_source"]
+from monai_sacb.utils import bundle_source
+
+__all__ = ["bundle"]
 
 PARTS = ("LICENSE", "configs", "docs", "models")
-
-
-def bundle_source() -> Path:
-    """The folder of the bundle that came with the package, in an installation or in a clone."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "bundle", package.parent / "bundle"):
-        if (folder / "configs" / "metadata.json").is_file():
-            return folder
-    raise FileNotFoundError(f"this installation of monai_sacb in '{package}' has no bundle; install it again.")
 
 
 def bundle(output_dir: str | os.PathLike[str]) -> str:

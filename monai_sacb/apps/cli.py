@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import _thread
 import inspect
 import logging
 import math
@@ -26,7 +27,7 @@ from monai_sacb.apps.registering import PairsResult, register
 from monai_sacb.apps.registration import RegistrationResult
 from monai_sacb.apps.reporting import report
 from monai_sacb.data import convert_pickled_folder
-from monai_sacb.utils import json_text
+from monai_sacb.utils import json_text, sentence
 from monai_sacb.version import __version__
 
 __all__ = ["main"]
@@ -53,7 +54,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _converted(option: str, kind: Any, value: str) -> Any:
-    """What a word stands for; paths and names stay as they are: a folder called 2024_01 is no number."""
+    """What a word stands for; paths and names stay text: a folder called 2024_01 is no number."""
     kinds = get_args(kind) or (kind,)
     if bool in kinds:
         if value.lower() not in BOOLEANS:
@@ -131,16 +132,10 @@ def _exit_code(result: Any) -> int:
     return FAILED if isinstance(result, RegistrationResult) and result.verdict == "failed" else 0
 
 
-def _sentence(error: BaseException) -> str:
-    """One line that says what is wrong: of an error that MONAI's configs have wrapped, the first."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for this."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: '{error.filename}'" if error.filename else error.strerror
-    return lines[0] if lines else type(error).__name__
+def _complain(text: str) -> None:
+    # a process may have no stderr
+    if sys.stderr is not None:
+        sys.stderr.write(f"monai-sacb: {text}\n")
 
 
 @contextmanager
@@ -156,14 +151,22 @@ def _surely_interrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
     report = sys.unraisablehook
+    sent: list[threading.Timer] = []
+
+    def send() -> None:
+        # SIGINT may be ignored, as in the background of a shell; the handler of SIGTERM is our own
+        if os.name == "posix":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            _thread.interrupt_main(signal.SIGTERM)
 
     def unraisable(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             report(dropped)
             return
-        timer = threading.Timer(RESENT_AFTER, os.kill, (os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
+        sent.append(threading.Timer(RESENT_AFTER, send))
+        sent[-1].daemon = True
+        sent[-1].start()
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
@@ -174,7 +177,12 @@ def _surely_interrupted() -> Iterator[None]:
     sys.unraisablehook = unraisable
     try:
         yield
+        if sent:
+            # it came when the work was just done
+            raise KeyboardInterrupt
     finally:
+        for timer in sent:
+            timer.cancel()
         sys.unraisablehook = report
         signal.signal(signal.SIGTERM, before)
 
@@ -199,10 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _surely_interrupted():
             result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"monai-sacb: {_sentence(error)}\n")
+        _complain(sentence(error))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        sys.stderr.write("monai-sacb: interrupted; nothing is left half-written.\n")
+        _complain("interrupted; nothing is left half-written.")
         sys.exit(INTERRUPTED)
     code = _exit_code(result)
     if code:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from monai_sacb.apps.bundle_copy import bundle_source
-from monai_sacb.apps.models import available_models
+from monai_sacb.networks import available_models
+from monai_sacb.utils import bundle_source
 
 __all__ = ["info"]
 

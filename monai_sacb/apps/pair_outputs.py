@@ -98,6 +98,9 @@ def check_output_folder(output_dir: str | os.PathLike[str], inputs: Iterable[str
         output_dir: the folder, which need not exist.
         inputs: files of which none may be replaced.
 
+    Returns:
+        the folder.
+
     Raises:
         NotADirectoryError: When it is a file, or a link that leads nowhere.
         PermissionError: When nothing can be written there.
@@ -113,9 +116,10 @@ def check_output_folder(output_dir: str | os.PathLike[str], inputs: Iterable[str
     clash = [path for path in places if path.parent == target.resolve() and path.name in OUTPUT_FILES]
     if clash:
         raise ValueError(f"output_dir '{target}' holds the input '{clash[0].name}', which the results would replace.")
-    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    above = (target.absolute(), *target.absolute().parents)
+    existing = next(folder for folder in above if folder.exists() or folder.is_symlink())
     if not existing.is_dir():
-        raise NotADirectoryError(f"output_dir '{target}' cannot be made: '{existing}' is a file.")
+        raise NotADirectoryError(f"output_dir '{target}' cannot be made: '{existing}' is no folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir '{target}' cannot be written: there is no permission for '{existing}'.")
     return target
@@ -136,7 +140,7 @@ def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
         the temporary folder.
 
     Raises:
-        NotADirectoryError: When the output folder is a file.
+        OSError: As for :py:func:`check_output_folder`, and when something cannot be written.
     """
     target = check_output_folder(output_dir)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]

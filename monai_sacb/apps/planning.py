@@ -33,6 +33,10 @@ def plan_registration(
     Returns:
         grids, stages, and the expected seconds and memory: estimates from the numbers ``costs`` of ``register.json``,
         for one thread of a usual processor.
+
+    Raises:
+        OSError: When the results could not be written there.
+        ValueError: When a file or an option cannot be used.
     """
     check_output_folder(output_dir, [p for p in (*vars(files).values(), options.affine) if p is not None])
     source = options.affine_source

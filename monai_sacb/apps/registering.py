@@ -14,7 +14,7 @@ from typing import Any
 from monai_sacb.apps.pair_reading import PairFiles
 from monai_sacb.apps.planning import plan_registration
 from monai_sacb.apps.registration import RegistrationOptions, RegistrationResult, Setting, register_files
-from monai_sacb.utils import first_line, replacing, subject_names
+from monai_sacb.utils import replacing, sentence, subject_names
 
 __all__ = ["PairsResult", "register"]
 
@@ -73,7 +73,7 @@ def _read_pairs(path: str) -> list[tuple[str, PairFiles]]:
     result: list[tuple[str, PairFiles]] = []
     for number, values in enumerate(rows, start=1):
         row = dict(zip(header, values))
-        paths = {key: str(root / Path(row[key]).expanduser()) for key in COLUMNS if row.get(key)}
+        paths = {key: str(root / os.path.expanduser(row[key])) for key in COLUMNS if row.get(key)}
         if "fixed" not in paths or "moving" not in paths:
             raise ValueError(f"pairs '{path}': pair {number} lacks its fixed or moving image.")
         default = "_to_".join(subject_names([paths[role]])[0] for role in ("moving", "fixed"))
@@ -116,8 +116,9 @@ def _register_pairs(
                 rows.append(_row(name, register_files(files, Path(output_dir) / name, options, setting)))
             except Exception as error:
                 # whatever it is: the others do not depend on this one
-                message = first_line(error)
-                logger.error(f"{name}: {message}")
+                message = sentence(error)
+                expected = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
+                logger.error(f"{name}: {message}", exc_info=not expected)
                 rows.append({"output": name, "verdict": "error", "message": message})
     finally:
         # of those that are done, also when it was interrupted
@@ -127,6 +128,10 @@ def _register_pairs(
                 writer.writeheader()
                 writer.writerows(rows)
     return rows
+
+
+def _expanded(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.path.expanduser(os.fspath(path))
 
 
 def register(
@@ -188,9 +193,22 @@ def register(
         FileNotFoundError: When a file does not exist.
         ValueError: When a file or an option cannot be used; the message says why.
     """
-    options = RegistrationOptions(str(model), str(affine), refine, fill, keep_dtype, seed, num_threads, device)
-    own = (fixed, moving, moving_label, fixed_label, moving_points, fixed_points, fixed_mask, moving_mask)
-    if output_dir is None or not os.fspath(output_dir).strip():
+    own = [
+        _expanded(path)
+        for path in (fixed, moving, moving_label, fixed_label, moving_points, fixed_points, fixed_mask, moving_mask)
+    ]
+    pairs, output_dir = _expanded(pairs), _expanded(output_dir)
+    options = RegistrationOptions(
+        os.path.expanduser(str(model)),
+        os.path.expanduser(str(affine)),
+        refine,
+        fill,
+        keep_dtype,
+        seed,
+        num_threads,
+        device,
+    )
+    if output_dir is None or not output_dir.strip():
         raise ValueError("register needs output_dir, the folder for the results.")
     if pairs is not None:
         if any(path is not None for path in own):
@@ -202,13 +220,9 @@ def register(
             setting = Setting(options)
             return {name: plan_registration(files, Path(output_dir) / name, options, setting) for name, files in listed}
         return _register_pairs(listed, output_dir, options)
-    if fixed is None or moving is None:
+    if own[0] is None or own[1] is None:
         raise ValueError("register needs a fixed and a moving image, or pairs.")
-    files = PairFiles(
-        str(fixed),
-        str(moving),
-        *(None if path is None else str(path) for path in own[2:]),
-    )
+    files = PairFiles(own[0], own[1], *own[2:])
     if dry_run:
         return plan_registration(files, output_dir, options, Setting(options))
     return register_files(files, output_dir, options)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +22,15 @@ import itk
 import torch
 from tqdm import tqdm
 
-from monai_sacb.apps.models import RegistrationModel, find_model
 from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_metrics, local_similarity
 from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, check_output_folder, output_folder, write_outputs
 from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
 from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_registration
 from monai_sacb.apps.working_pair import WorkingPair
 from monai_sacb.data.spatial_mapping import SpatialMapping
+from monai_sacb.networks import find_model
 from monai_sacb.networks.layers import warp
+from monai_sacb.networks.pretrained import RegistrationModel
 from monai_sacb.utils import first_line, peak_memory_mb, write_json
 from monai_sacb.visualize.report import write_report
 
@@ -100,7 +102,8 @@ class _Clock:
     def __init__(self, name: str) -> None:
         self.seconds: dict[str, float] = {}
         # on a terminal only
-        self.bar = tqdm(total=len(STAGES), desc=name, disable=None, bar_format="{desc} |{bar}| {postfix} {elapsed}")
+        hidden = True if sys.stderr is None else None
+        self.bar = tqdm(total=len(STAGES), desc=name, disable=hidden, bar_format="{desc} |{bar}| {postfix} {elapsed}")
 
     def __enter__(self) -> _Clock:
         return self

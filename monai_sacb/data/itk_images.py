@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import locale
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 __all__ = ["array_to_itk", "place_itk_image", "quiet_itk"]
 
 STDERR = 2
+# warnings, locale and stderr belong to the process: one thread at a time puts them aside
+_process = threading.RLock()
 
 
 def place_itk_image(image: Any, affine: np.ndarray) -> None:
@@ -43,15 +46,15 @@ def array_to_itk(array: np.ndarray, affine: np.ndarray) -> Any:
 @contextmanager
 def quiet_itk() -> Iterator[None]:
     """
-    Let ITK read without side effects.
+    Let ITK read and write without side effects.
 
     It prints warnings, and the C libraries under it print errors of their own beside the exception that follows; what
     matters of them is said by whoever calls it. Its reader of DICOM changes the locale of the process, and so the
     encoding of files that are opened later. Nothing that is to be seen on stderr may happen meanwhile.
     """
-    shown, place = itk.Object.GetGlobalWarningDisplay(), locale.setlocale(locale.LC_ALL)
-    itk.Object.SetGlobalWarningDisplay(False)
-    with _native_errors_dropped():
+    with _process, _native_errors_dropped():
+        shown, place = itk.Object.GetGlobalWarningDisplay(), locale.setlocale(locale.LC_ALL)
+        itk.Object.SetGlobalWarningDisplay(False)
         try:
             yield
         finally:
@@ -67,11 +70,10 @@ def _native_errors_dropped() -> Iterator[None]:
         # there is no stderr that anything could be printed to
         yield
         return
-    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, STDERR)
-        yield
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), STDERR)
+            yield
     finally:
         os.dup2(kept, STDERR)
         os.close(kept)
-        os.close(nothing)

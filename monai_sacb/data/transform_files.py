@@ -9,6 +9,7 @@ fixed image's space to its partner in the moving image's space, which is what IT
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -49,6 +50,8 @@ FIELD_CLASSES = (
 )
 # of a transform file, before compression: double precision, and what a composite of affines takes
 BYTES_PER_VALUE, BASE_BYTES = 8, 1 << 15
+# the disk, the quota, or the largest size of a file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # an affine in MATLAB's form has a few hundred bytes
 MAX_MATLAB_BYTES = 1 << 20
 # a matrix of RAS points made one of LPS points, and back
@@ -174,27 +177,29 @@ def write_transform(mapping: SpatialMapping, path: str | os.PathLike[str]) -> No
         transform = _affine_to_itk(total)
     with replacing(path) as temporary:
         try:
-            _check_room(temporary, mapping)
+            _check_room(temporary, path, mapping)
             with quiet_itk():
                 itk.transformwrite([transform], str(temporary), compression=path.name.endswith(HDF5_SUFFIXES))
         except RuntimeError as error:
             raise OSError(f"cannot write the transform '{path}': {read_failure(error)}.") from error
 
 
-def _check_room(path: Path, mapping: SpatialMapping) -> None:
+def _check_room(temporary: Path, path: Path, mapping: SpatialMapping) -> None:
     """
-    Refuse to write to a disk without the room for a mapping, by taking it and giving it back.
+    Refuse to write to a disk without the room for a mapping before compression, by taking it and giving it back.
 
     HDF5 cannot close a file that it could not write to the end, and ends the process with a crash when it exits.
     """
     if not hasattr(os, "posix_fallocate"):
         return
     values = sum(stage.vectors.numel() for stage in mapping.stages if isinstance(stage, PhysicalField))
-    with path.open("r+b") as file:
+    with temporary.open("r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, BASE_BYTES + BYTES_PER_VALUE * values)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            # others are of file systems that cannot reserve
+            if error.errno in FULL:
+                raise OSError(error.errno, error.strerror, str(path)) from error
         file.truncate(0)
 
 

@@ -440,12 +440,14 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
     Raises:
         ValueError: When the image is not one volume with an affine or not finite, the name has another extension, or
             the type is not one of real numbers.
+        OSError: When it cannot be written.
     """
     if not isinstance(image, MetaTensor) or image.dim() != 4 or len(image) != 1:
         raise ValueError(
             f"image must have shape (1, D, H, W) and an affine, got {type(image).__name__} {list(image.shape)}."
         )
-    if not str(path).lower().endswith(VOLUME_SUFFIXES):
+    # ITK's writers and readers look for lower case
+    if not str(path).endswith(VOLUME_SUFFIXES):
         raise ValueError(f"the file must be named {', '.join(VOLUME_SUFFIXES)}, got '{path}'.")
     values = plain_tensor(image)[0].detach().cpu()
     if values.dtype in (torch.float16, torch.bfloat16):
@@ -456,7 +458,7 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
     )
     if wanted.kind not in "iuf" or wanted.name == "float16":
         raise ValueError(f"dtype must be an integer or a float type that NIfTI knows, got {dtype}.")
-    nifti = str(path).lower().endswith(NIFTI_SUFFIXES)
+    nifti = str(path).endswith(NIFTI_SUFFIXES)
     if not nifti and wanted.name not in ITK_TYPES:
         raise ValueError(f"'{path}' must be of one of the types {', '.join(ITK_TYPES)}, got {wanted.name}.")
     if not np.isfinite(array).all():
@@ -474,7 +476,11 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
     if not nifti:
         volume = array_to_itk(array.astype(wanted), LPS_TO_RAS @ affine)
         with replacing(path) as temporary:
-            itk.imwrite(volume, str(temporary), compression=True)
+            try:
+                with quiet_itk():
+                    itk.imwrite(volume, str(temporary), compression=True)
+            except RuntimeError as error:
+                raise OSError(f"cannot write '{path}': {_reason(error)}") from error
         return
     written = nib.Nifti1Image(array.astype(wanted), affine, dtype=wanted)
     # ITK looks at the sform only under this code, other tools at the qform

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -214,6 +214,7 @@ def refine_ddf(
     fixed: torch.Tensor,
     ddf: torch.Tensor,
     similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    *,
     regularization: Callable[[torch.Tensor], torch.Tensor] | None = None,
     regularization_weight: float = 0.36,
     fold_weight: float = 10.0,
@@ -300,7 +301,7 @@ def refine_ddf(
     return torch.cat(refined).to(ddf.dtype)
 
 
-@dataclass
+@dataclass(eq=False)
 class InstanceOptimization:
     """
     :py:func:`refine_ddf` with its settings, for a configuration to hold; see there.
@@ -334,5 +335,7 @@ class InstanceOptimization:
         fixed_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The field refined, in ``iterations`` steps where these are given."""
-        settings = vars(self) | ({} if iterations is None else {"iterations": iterations})
+        settings = {field.name: getattr(self, field.name) for field in fields(InstanceOptimization)}
+        if iterations is not None:
+            settings["iterations"] = iterations
         return refine_ddf(moving, fixed, ddf, moving_mask=moving_mask, fixed_mask=fixed_mask, **settings)

@@ -23,7 +23,8 @@ class RegistrationInferer(Inferer):
     Whole images are compared: fields of view, by which a network may have been trained, play no part in the refinement.
 
     Args:
-        iterations: steps of the refinement; 0 takes the network's field as it is.
+        iterations: steps of the refinement; 0 takes the network's field as it is. By default those of ``refinement``
+            where it is given, and none where not.
         refinement: how it is done; by default :py:class:`monai_sacb.inferers.InstanceOptimization` as it comes.
         amp: let the network work in bfloat16 where that is safe, on any device; the field stays float32. MONAI's own
             ``amp`` is for CUDA alone, and its float16 needs a loss scale.
@@ -32,15 +33,19 @@ class RegistrationInferer(Inferer):
         ValueError: When an argument is not as said.
     """
 
-    def __init__(self, iterations: int = 0, refinement: InstanceOptimization | None = None, amp: bool = False) -> None:
+    def __init__(
+        self, iterations: int | None = None, refinement: InstanceOptimization | None = None, amp: bool = False
+    ) -> None:
         super().__init__()
-        check_count("iterations", iterations, 0)
+        if iterations is not None:
+            check_count("iterations", iterations, 0)
         if refinement is not None and not isinstance(refinement, InstanceOptimization):
             raise ValueError(f"refinement must be an InstanceOptimization, got {refinement!r}.")
         if not isinstance(amp, bool):
             raise ValueError(f"amp must be True or False, got {amp!r}.")
-        self.iterations = int(iterations)
         self.refinement = InstanceOptimization() if refinement is None else refinement
+        default = 0 if refinement is None else refinement.iterations
+        self.iterations = int(default if iterations is None else iterations)
         self.amp = amp
 
     def __call__(

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .official import load_official_checkpoint
+from .pretrained import available_models, find_model, load_pretrained
 
-__all__ = ["load_official_checkpoint"]
+__all__ = ["available_models", "find_model", "load_official_checkpoint", "load_pretrained"]

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from .bundle import find_bundle_root
-from .errors import first_line
+from .bundle import bundle_source, find_bundle_root
+from .errors import first_line, sentence
 from .files import file_digest, replacing
 from .json_files import json_text, write_json
 from .numbers import check_count
@@ -14,6 +14,7 @@ from .tensors import image_name, is_exported, is_traced, plain_tensor
 from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
+    "bundle_source",
     "check_count",
     "compare_states",
     "file_digest",
@@ -29,6 +30,7 @@ __all__ = [
     "plain_tensor",
     "read_checkpoint",
     "replacing",
+    "sentence",
     "settings_digest",
     "subject_name",
     "subject_names",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-__all__ = ["find_bundle_root"]
+__all__ = ["bundle_source", "find_bundle_root"]
 
 
 def _is_bundle(folder: str) -> bool:
@@ -26,3 +27,12 @@ def find_bundle_root() -> str:
     except OSError:
         return "."
     return subfolders[0] if len(subfolders) == 1 else "."
+
+
+def bundle_source() -> Path:
+    """The folder of the bundle that came with the package, in an installation or in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "bundle", package.parent / "bundle"):
+        if (folder / "configs" / "metadata.json").is_file():
+            return folder
+    raise FileNotFoundError(f"this installation of monai_sacb in '{package}' has no bundle; install it again.")

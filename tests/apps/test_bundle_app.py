@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from monai_sacb.apps import bundle, bundle_source
+from monai_sacb.apps import bundle
+from monai_sacb.utils import bundle_source
 
 PARTS = ("LICENSE", "configs", "docs", "models")
 

@@ -21,9 +21,10 @@ import pytest
 from synthetic_pair import Pair
 
 import monai_sacb
-from monai_sacb.apps import bundle_source, cli, registration
+from monai_sacb.apps import cli, registration
 from monai_sacb.apps.cli import _surely_interrupted, main
 from monai_sacb.data import read_volume, write_volume
+from monai_sacb.utils import bundle_source
 
 # what is typed, and what the one line on stderr must name
 MISTAKES = {
@@ -338,6 +339,20 @@ def test_interruption_within_a_callback_is_not_lost(number: int) -> None:
         del thing
         assert reference() is None
         time.sleep(10)
+
+
+def test_interruption_at_the_very_end_is_not_lost() -> None:
+    class Thing:
+        pass
+
+    before = sys.unraisablehook, signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _surely_interrupted():
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+        del thing
+        assert reference() is None
+    time.sleep(0.2)
+    assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_other_errors_in_a_callback_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

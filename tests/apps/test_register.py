@@ -304,7 +304,8 @@ def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
     ("output", "message"),
     [
         ("file", "output_dir '.*file' is a file"),
-        ("file/below", "output_dir '.*below' cannot be made: '.*file' is a file"),
+        ("file/below", "output_dir '.*below' cannot be made: '.*file' is no folder"),
+        ("link/below", "output_dir '.*below' cannot be made: '.*link' is no folder"),
         ("link", "output_dir '.*link' is a link that leads nowhere"),
     ],
 )

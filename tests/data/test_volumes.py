@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import locale
 import logging
+import resource
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -485,12 +486,27 @@ def test_written_by_itk(tmp_path: Path, suffix: str, dtype: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
 
 
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.nii.gz"])
+def test_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write '.*a\.(nrrd|mha)': |File too large"):
+            write_volume(MetaTensor(torch.rand(1, 30, 30, 30), affine=torch.eye(4).double()), tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"old"
+    assert capfd.readouterr().err == ""
+
+
 def test_what_is_not_written(tmp_path: Path) -> None:
     image = MetaTensor(torch.rand(1, 3, 4, 5), affine=torch.eye(4, dtype=torch.float64))
     for bad, name, dtype, message in [
         (torch.rand(1, 3, 4, 5), "a.nii", None, r"got Tensor \[1, 3, 4, 5\]"),
         (MetaTensor(torch.rand(2, 3, 4, 5)), "a.nii", None, r"got MetaTensor \[2, 3, 4, 5\]"),
         (image, "a.mgz", None, "must be named .nii, .nii.gz, .nrrd, .mha"),
+        (image, "a.MHA", None, "must be named .nii, .nii.gz, .nrrd, .mha, got '.*a.MHA'"),
         (image, "a.nii", "complex64", "got complex64"),
         (image, "a.nrrd", "int8", "must be of one of the types uint8, int16, .*, got int8"),
         (image / 0, "a.nii", None, "must be finite, got 60 NaN or infinite"),

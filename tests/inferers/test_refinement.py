@@ -318,6 +318,60 @@ def test_parameters_of_the_similarity_are_left_alone() -> None:
     assert features.weight.grad is None and ddf.abs().max() > 0.05
 
 
+def test_patience_stops() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    calls = []
+
+    def similarity(warped: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return (warped - fixed).square().mean() + len(calls)
+
+    refine_ddf(moving, fixed, 0 * true, similarity, iterations=40, levels=[(1, 1.0)], patience=4)
+    # the start; then the first to the fifth field, none of which is better; and the result
+    assert len(calls) == 7
+
+
+def test_objective_that_is_not_finite_stops() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    values = iter([1.0, 0.5, float("nan"), 2.0, 0.0])
+    ddf = refine_ddf(moving, fixed, 0 * true, lambda warped, fixed: 0 * warped.sum() + next(values), levels=[(1, 1.0)])
+    # the start, the first field, the second, after which there is no more, and the result, which is worse
+    assert next(values) == 0.0
+    assert torch.equal(ddf, 0 * true)
+
+
+def test_own_regularization_and_its_weight() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    free = refine_ddf(moving, fixed, 0 * true, regularization_weight=0.0)
+    stiff = refine_ddf(
+        moving, fixed, 0 * true, regularization=lambda ddf: ddf.square().mean(), regularization_weight=100.0
+    )
+    assert stiff.abs().max() < 0.1 * free.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("moving", "fixed", "ddf", "message"),
+    [
+        ((1, 1, 8, 8), (1, 1, 8, 9), (1, 2, 8, 9), r"\[1, 1, 8, 8\], \[1, 1, 8, 9\] and \[1, 2, 8, 9\]"),
+        ((1, 1, 8, 8), (1, 1, 8, 8), (1, 3, 8, 8), r"\[1, 3, 8, 8\]"),
+        ((2, 1, 8, 8), (2, 1, 8, 8), (1, 2, 8, 8), r"\[1, 2, 8, 8\]"),
+        ((1, 1, 8), (1, 1, 8), (1, 1, 8), r"\[1, 1, 8\]"),
+    ],
+)
+def test_ill_shapes(moving: tuple[int, ...], fixed: tuple[int, ...], ddf: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refine_ddf(torch.zeros(moving), torch.zeros(fixed), torch.zeros(ddf))
+
+
+def test_settings_are_the_fields_alone() -> None:
+    moving, fixed, true = make_pair((20, 22))
+    optimization = InstanceOptimization(iterations=5, spacing=3)
+    optimization.note = "of the caller"  # type: ignore[attr-defined]
+    assert len({optimization, InstanceOptimization()}) == 2
+    expected = refine_ddf(moving, fixed, 0 * true, iterations=5, spacing=3)
+    assert torch.equal(optimization(moving, fixed, 0 * true), expected)
+
+
 @pytest.mark.parametrize(("spatial", "spacing"), [((11, 8), 2), ((9, 12, 6), 3), ((5, 7, 8), 1), ((6, 5), 9)])
 def test_control_grid(spatial: tuple[int, ...], spacing: int) -> None:
     grid = ControlGrid(spatial, spacing, torch.float64)

@@ -15,20 +15,15 @@ from monai_sacb.networks.layers import warp
 from monai_sacb.networks.nets import SACBNet
 
 
-def upsampled(shape: tuple[int, ...], spatial: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
-    coarse = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    mode = "bilinear" if len(spatial) == 2 else "trilinear"
-    return F.interpolate(coarse, size=spatial, mode=mode, align_corners=True).to(dtype)
-
-
-def make_pair(
-    spatial: tuple[int, ...], batch: int = 1, channels: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[torch.Tensor]:
+def make_pair(spatial: tuple[int, ...], batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Moving image, fixed image, and the field by which the second was made from the first."""
-    dims = len(spatial)
-    true = 0.8 * upsampled((batch, dims, *[4] * dims), spatial, seed + 1, dtype)
-    moving = upsampled((batch, channels, *[9] * dims), spatial, seed, dtype).sigmoid()
-    return [moving, warp(moving, true), true]
+    generator = torch.Generator().manual_seed(0)
+    mode = "bilinear" if len(spatial) == 2 else "trilinear"
+    true, moving = (
+        F.interpolate(torch.randn(batch, channels, *[size] * len(spatial), generator=generator), spatial, mode=mode)
+        for channels, size in ((len(spatial), 4), (1, 9))
+    )
+    return moving.sigmoid(), warp(moving.sigmoid(), 0.8 * true), 0.8 * true
 
 
 def test_refined_in_whole_steps() -> None:
@@ -50,7 +45,13 @@ def test_refined_in_whole_steps() -> None:
     assert (refined - 0.5 * true).abs().max() > 0.05 and not torch.equal(refined, default)
 
 
-@pytest.mark.parametrize("iterations", [-1, 2.5, "many", None, True])
+def test_steps_of_the_refinement_where_none_are_given() -> None:
+    assert RegistrationInferer().iterations == 0
+    assert RegistrationInferer(refinement=InstanceOptimization(iterations=7)).iterations == 7
+    assert RegistrationInferer(0, InstanceOptimization(iterations=7)).iterations == 0
+
+
+@pytest.mark.parametrize("iterations", [-1, 2.5, "many", True])
 def test_ill_iterations(iterations: Any) -> None:
     with pytest.raises(ValueError, match=f"iterations must be a whole number of at least 0, got {iterations!r}"):
         RegistrationInferer(iterations)
@@ -74,7 +75,8 @@ def test_network_in_half_precision(iterations: int) -> None:
         ddf = RegistrationInferer(iterations, amp=True)(inputs, net)
     assert types == [torch.float32, torch.bfloat16]
     assert ddf.dtype == torch.float32 and not torch.equal(ddf, expected)
-    assert (ddf - expected).abs().median() < 0.1 * expected.abs().median()
+    # steps of a start that is a little different lead a little further apart
+    assert (ddf - expected).abs().median() < (0.2 if iterations else 0.1) * expected.abs().median()
 
 
 def test_inferer_leaves_the_callers_precision() -> None:

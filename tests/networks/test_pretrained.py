@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from monai_sacb.apps import bundle_source, find_model
+from monai_sacb.networks import available_models, find_model, load_pretrained, pretrained
 from monai_sacb.networks.nets import SACBNet
-from monai_sacb.utils import file_digest
+from monai_sacb.utils import bundle_source, file_digest
 
 
 @pytest.fixture
@@ -92,3 +92,51 @@ def test_unknown_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_model(name)
     with pytest.raises(FileNotFoundError, match="is no bundle"):
         find_model(tmp_path)
+
+
+@pytest.fixture
+def own_models(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the models that came with the package: one with a card that gives it a name."""
+    write_card(weights, {"name": "spine", "sha256": file_digest(weights), "settings": {"network_def#base_channels": 2}})
+    monkeypatch.setattr(pretrained, "_models_folder", lambda: weights.parent)
+    return weights.parent
+
+
+def test_models_that_came_along(own_models: Path, tmp_path: Path) -> None:
+    torch.save({}, own_models / "bare.pt")
+    assert available_models() == ["bare", "spine"]
+    network = load_pretrained("spine")
+    expected = torch.load(own_models / "mine.pt", weights_only=True)
+    assert isinstance(network, SACBNet) and not network.training
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+    x = torch.rand(1, 2, 16, 16, 16)
+    with torch.no_grad():
+        ddf = network(x)
+    assert ddf.shape == (1, 3, 16, 16, 16) and ddf.abs().max() > 0
+    with pytest.raises(FileNotFoundError, match="there is no model 'brian': give one of bare, spine, none"):
+        load_pretrained("brian")
+    with pytest.raises(ValueError, match="'none' is no network: give one of bare, spine"):
+        load_pretrained("none")
+
+
+def test_other_weights_than_the_card_says(own_models: Path) -> None:
+    state = torch.load(own_models / "mine.pt", weights_only=True)
+    torch.save({key: value + 1 for key, value in state.items()}, own_models / "mine.pt")
+    with pytest.raises(ValueError, match="is not the file that"):
+        load_pretrained("spine")
+
+
+def test_broken_card_concerns_its_model_alone(own_models: Path) -> None:
+    torch.save({}, own_models / "bare.pt")
+    (own_models / "bare.json").write_text("{")
+    assert available_models() == ["bare", "spine"]
+    load_pretrained("spine")
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        load_pretrained("bare")
+
+
+def test_two_models_of_one_name(own_models: Path) -> None:
+    torch.save({}, own_models / "other.pt")
+    (own_models / "other.json").write_text('{"name": "spine"}')
+    with pytest.raises(ValueError, match="both call themselves 'spine'"):
+        find_model("spine")

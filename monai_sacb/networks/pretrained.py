@@ -16,8 +16,7 @@ from torch import nn
 
 from monai.bundle import ConfigParser
 
-from monai_sacb.apps.bundle_copy import bundle_source
-from monai_sacb.utils import file_digest
+from monai_sacb.utils import bundle_source, file_digest
 
 __all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained"]
 
@@ -101,7 +100,17 @@ def _read_card(weights: Path) -> dict[str, Any]:
 
 def _own_models() -> dict[str, Path]:
     """The weights that came with the package, by the names on their cards."""
-    return {str(_read_card(path).get("name", path.stem)): path for path in sorted(_models_folder().glob("*.pt"))}
+    models: dict[str, Path] = {}
+    for path in sorted(_models_folder().glob("*.pt")):
+        try:
+            name = str(_read_card(path).get("name", path.stem))
+        except ValueError:
+            # said when this very model is asked for; the others do not depend on it
+            name = path.stem
+        if name in models:
+            raise ValueError(f"'{models[name]}' and '{path}' both call themselves '{name}'.")
+        models[name] = path
+    return models
 
 
 def available_models() -> list[str]:
@@ -178,5 +187,5 @@ def load_pretrained(model: str | os.PathLike[str], device: torch.device | str = 
     found = find_model(model)
     network = found.network(found.parser(device=torch.device(device)))
     if network is None:
-        raise ValueError(f"'{model}' is no network; there is: {', '.join(available_models())}.")
+        raise ValueError(f"'{model}' is no network: give one of {', '.join(available_models())}, or a file of weights.")
     return network
