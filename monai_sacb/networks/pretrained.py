@@ -21,7 +21,7 @@ from monai_sacb.utils import bundle_source, file_digest
 __all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained"]
 
 # entries of the configs that a file beside weights may set
-SETTINGS = ("network_def", "working_grid", "refine_alone", "refine_after_network", "thresholds")
+SETTINGS = ("network_def", "working_grid", "refinement", "refine_alone", "refine_after_network", "thresholds")
 
 
 @dataclass(frozen=True)
