@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import shutil
-from collections import defaultdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,28 +25,39 @@ import matplotlib.pyplot as plt
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from monai_sacb.networks import load_pretrained
 from monai_sacb.utils import file_digest, replacing, write_json
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 
 
 def training_curves(log_dir: Path) -> dict[int, dict[str, float]]:
-    """Of each epoch: the mean loss of its steps, its terms, and the metrics of the validation after it."""
+    """
+    Of each epoch: the mean loss of its steps, its terms, and the metrics of the validation after it.
+
+    After its last epoch a training validates the best weights once more, and evaluations may write into the same
+    folder: what counts is the first number after the end of an epoch, and before that of the next one.
+    """
     events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
     events.Reload()
-    curves: dict[int, dict[str, float]] = defaultdict(dict)
-    for tag in events.Tags()["scalars"]:
-        for event in events.Scalars(tag):
-            if tag != "train_loss":
-                curves[event.step][tag] = event.value
+    tags = events.Tags()["scalars"]
+    if "train_loss" not in tags:
+        raise SystemExit(f"'{log_dir}' does not hold the curves of a training.")
+    terms = [tag for tag in tags if tag.startswith("loss_")]
+    epochs = {event.step for tag in terms for event in events.Scalars(tag)}
     steps = events.Scalars("train_loss")
-    length = max(1, round(len(steps) / max(curves)))
-    sums: dict[int, list[float]] = defaultdict(list)
-    for number, event in enumerate(steps):
-        sums[number // length + 1].append(event.value)
-    for epoch, values in sums.items():
-        curves[epoch]["train_loss"] = sum(values) / len(values)
-    return dict(sorted(curves.items()))
+    length = len(steps) // len(epochs)
+    curves: dict[int, dict[str, float]] = {
+        epoch: {"train_loss": sum(event.value for event in steps[length * i : length * (i + 1)]) / length}
+        for i, epoch in enumerate(sorted(epochs))
+    }
+    ended = {event.step: event.wall_time for event in events.Scalars(terms[0])}
+    for tag in tags:
+        for event in events.Scalars(tag):
+            epoch, after = event.step, ended.get(event.step + 1, math.inf)
+            if tag != "train_loss" and epoch in curves and ended[epoch] - 1 <= event.wall_time <= after:
+                curves[epoch].setdefault(tag, event.value)
+    return curves
 
 
 def write_curves(curves: dict[int, dict[str, float]], path: Path) -> None:
@@ -94,15 +105,9 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="summary.json of its evaluation")
     arguments = parser.parse_args()
     stem = arguments.file or arguments.name
-    weights = arguments.output_dir / "model.pt"
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    target = BUNDLE / "models" / f"{stem}.pt"
-    target.parent.mkdir(exist_ok=True)
-    with replacing(target) as temporary:
-        shutil.copyfile(weights, temporary)
+    source, target = arguments.output_dir / "model.pt", BUNDLE / "models" / f"{stem}.pt"
+    state = torch.load(source, map_location="cpu", weights_only=True)
     curves = training_curves(arguments.output_dir / "tensorboard")
-    write_curves(curves, BUNDLE / "docs" / f"{stem}_training.csv")
-    plot_curves(curves, arguments.title, BUNDLE / "docs" / f"{stem}_training.png")
     metrics = {}
     if arguments.evaluation is not None:
         summary = json.loads(arguments.evaluation.read_text(encoding="utf-8"))
@@ -110,8 +115,8 @@ def main() -> None:
     card = {
         "name": arguments.name,
         "title": arguments.title,
-        "sha256": file_digest(target),
-        "parameters": sum(value.numel() for value in state.values()),
+        "sha256": file_digest(source),
+        "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
         "data": arguments.data,
         "licence": arguments.licence,
         "training": {"command": arguments.command, "seed": arguments.seed, "epochs": max(curves)},
@@ -120,7 +125,14 @@ def main() -> None:
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("monai-sacb", "monai", "torch")},
     }
+    target.parent.mkdir(exist_ok=True)
+    write_curves(curves, BUNDLE / "docs" / f"{stem}_training.csv")
+    plot_curves(curves, arguments.title, BUNDLE / "docs" / f"{stem}_training.png")
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
     write_json(card, target.with_suffix(".json"))
+    # refuses what cannot be used
+    load_pretrained(arguments.name)
 
 
 if __name__ == "__main__":
