@@ -20,4 +20,4 @@ for variant in unsupervised supervised; do
     python -m monai.bundle run evaluating --config_file "[$files, '$configs/evaluate.json']" "${options[@]}"
 done
 python -m monai.bundle run evaluating --config_file "[$files, '$configs/evaluate.json']" --dataset_dir "$dataset" \
-    --ckpt_path "$output/unsupervised/model.pt" --refine 50 --output_dir "$output/refined"
+    --ckpt_path "$output/unsupervised/model.pt" --refine 100 --output_dir "$output/refined"
