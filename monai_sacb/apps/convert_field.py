@@ -10,6 +10,8 @@ import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 
 from monai_sacb.data.displacement_files import (
+    NIFTI_SUFFIXES,
+    VECTOR_IMAGE_SUFFIXES,
     ddf_from_field,
     field_from_ddf,
     read_displacement,
@@ -27,13 +29,11 @@ __all__ = ["FIELD_KINDS", "convert"]
 FIELD_KINDS = ("itk_nifti", "itk_h5", "voxel", "learn2reg")
 # endings that belong to one kind only
 TRANSFORM_SUFFIXES = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
-VECTOR_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
 
 def _kind_of_name(path: str) -> str | None:
     name = Path(path).name.lower()
-    kinds = {"itk_h5": TRANSFORM_SUFFIXES, "itk_nifti": VECTOR_SUFFIXES, "learn2reg": (".npz",)}
+    kinds = {"itk_h5": TRANSFORM_SUFFIXES, "itk_nifti": VECTOR_IMAGE_SUFFIXES, "learn2reg": (".npz",)}
     return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
 
 

@@ -22,7 +22,7 @@ from monai.data import MetaTensor
 
 from monai_sacb.apps.pair_reading import Subject
 from monai_sacb.data.displacement_files import lps_affine, write_displacement
-from monai_sacb.data.itk_images import array_to_itk, quiet_itk
+from monai_sacb.data.itk_images import array_to_itk, quiet_itk, read_itk_header
 from monai_sacb.data.point_files import PointSet, write_point_set
 from monai_sacb.data.spatial_mapping import (
     PhysicalField,
@@ -126,7 +126,7 @@ def check_output_folder(output_dir: str | os.PathLike[str], inputs: Iterable[str
 
 
 @contextmanager
-def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+def output_folder(output_dir: str | os.PathLike[str], inputs: Iterable[str] = ()) -> Iterator[Path]:
     """
     A temporary folder beside the output folder, whose files take their place in it once all are written.
 
@@ -135,14 +135,16 @@ def output_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         output_dir: the output folder; it is made where it is missing.
+        inputs: files of which none may be replaced.
 
     Yields:
         the temporary folder.
 
     Raises:
         OSError: As for :py:func:`check_output_folder`, and when something cannot be written.
+        ValueError: When results would replace an input.
     """
-    target = check_output_folder(output_dir)
+    target = check_output_folder(output_dir, inputs)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     temporary: Path | None = None
     try:
@@ -266,11 +268,10 @@ def write_outputs(
 def _itk_image(subject: Subject) -> tuple[Any, str]:
     """The image of a subject for ITK, read anew from its file where ITK reads such files, and how it came about."""
     if Path(subject.path).is_file():
-        with quiet_itk():
-            reader = itk.ImageIOFactory.CreateImageIO(subject.path, itk.CommonEnums.IOFileMode_ReadMode)
-            image = None if reader is None else itk.imread(subject.path, itk.F)
-        if image is not None and image.GetImageDimension() == 3:
-            return image, "the moving file, read by ITK,"
+        header = read_itk_header(subject.path)
+        if header is not None and header.GetNumberOfDimensions() == 3:
+            with quiet_itk():
+                return itk.imread(subject.path, itk.F), "the moving file, read by ITK,"
     volume = subject.image.numpy()[0].astype(np.float32)
     return array_to_itk(volume, lps_affine(subject.grid.affine)), "the moving image, as it was read here,"
 

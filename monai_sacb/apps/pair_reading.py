@@ -36,6 +36,11 @@ class PairFiles:
     fixed_mask: str | None = None
     moving_mask: str | None = None
 
+    @property
+    def paths(self) -> list[str]:
+        """All that are given."""
+        return [path for path in vars(self).values() if path is not None]
+
 
 @dataclass(frozen=True)
 class Subject:

@@ -38,7 +38,7 @@ def plan_registration(
         OSError: When the results could not be written there.
         ValueError: When a file or an option cannot be used.
     """
-    check_output_folder(output_dir, [p for p in (*vars(files).values(), options.affine) if p is not None])
+    check_output_folder(output_dir, [*files.paths, options.affine])
     source = options.affine_source
     given = read_affine(options.affine) if source == "given" else None
     moving, fixed = read_pair(files, given)

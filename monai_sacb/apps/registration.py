@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_metrics, local_similarity
-from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, check_output_folder, output_folder, write_outputs
+from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, output_folder, write_outputs
 from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
 from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_registration
 from monai_sacb.apps.working_pair import WorkingPair
@@ -270,8 +270,8 @@ def register_files(
         setting: the model, where it is at hand already.
     """
     setting = Setting(options) if setting is None else setting
-    target = check_output_folder(output_dir, [p for p in (*vars(files).values(), options.affine) if p is not None])
-    with _Clock(target.name) as clock, output_folder(target) as folder, _threads(options.num_threads):
+    target, inputs = Path(output_dir), [*files.paths, options.affine]
+    with _Clock(target.name) as clock, output_folder(target, inputs) as folder, _threads(options.num_threads):
         with clock.stage("reading"):
             given = read_affine(options.affine) if options.affine_source == "given" else None
             moving, fixed = read_pair(files, given)

@@ -23,7 +23,7 @@ import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from monai_sacb.data.itk_images import quiet_itk
+from monai_sacb.data.itk_images import quiet_itk, read_itk_header
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField
 from monai_sacb.data.voxel_fields import ddf_to_displacement, displacement_to_ddf
 from monai_sacb.utils import replacing
@@ -177,12 +177,9 @@ def field_from_itk_image(image: Any) -> PhysicalField:
 
 
 def _itk_displacement(path: Path) -> PhysicalField:
-    source = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    source = read_itk_header(str(path))
     if source is None:
         raise ValueError("ITK does not know its format")
-    with quiet_itk():
-        source.SetFileName(str(path))
-        source.ReadImageInformation()
     dims, components = int(source.GetNumberOfDimensions()), int(source.GetNumberOfComponents())
     kind = source.GetComponentTypeAsString(source.GetComponentType())
     if (dims, components) != (3, 3) or kind not in ("float", "double"):

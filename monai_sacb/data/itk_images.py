@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import locale
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import itk
 import numpy as np
 
-__all__ = ["array_to_itk", "place_itk_image", "quiet_itk"]
+__all__ = ["array_to_itk", "itk_reason", "place_itk_image", "quiet_itk", "read_itk_header"]
 
 STDERR = 2
 # warnings, locale and stderr belong to the process: one thread at a time puts them aside
@@ -77,3 +78,19 @@ def _native_errors_dropped() -> Iterator[None]:
     finally:
         os.dup2(kept, STDERR)
         os.close(kept)
+
+
+def read_itk_header(path: str) -> Any:
+    """ITK's reader for a file, with the header read; None where ITK knows no such files."""
+    with quiet_itk():
+        io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
+        if io is not None:
+            io.SetFileName(path)
+            io.ReadImageInformation()
+    return io
+
+
+def itk_reason(error: BaseException) -> str:
+    """The message of an error in one line, without the addresses that ITK puts into it."""
+    text = re.split(r"ITK ERROR: (?:\w+\(0x[0-9a-f]+\): )?", str(error))[-1]
+    return " ".join(text.split())[:300] or type(error).__name__

@@ -25,13 +25,13 @@ from nibabel.spatialimages import HeaderDataError
 
 from monai.data import MetaTensor
 
-from monai_sacb.data.itk_images import array_to_itk, quiet_itk
+from monai_sacb.data.displacement_files import NIFTI_SUFFIXES
+from monai_sacb.data.itk_images import array_to_itk, itk_reason, quiet_itk, read_itk_header
 from monai_sacb.utils import plain_tensor, replacing
 
 __all__ = ["VOLUME_SUFFIXES", "check_overlap", "read_label_volume", "read_mask_volume", "read_volume", "write_volume"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
 # of the images that ITK's package for Python writes
 ITK_TYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
@@ -67,22 +67,6 @@ class _Raw(NamedTuple):
     array: np.ndarray
     affine: np.ndarray
     dtype: str
-
-
-def _reason(error: BaseException) -> str:
-    """The message of an error in one line, without the addresses that ITK puts into it."""
-    text = re.split(r"ITK ERROR: (?:\w+\(0x[0-9a-f]+\): )?", str(error))[-1]
-    return " ".join(text.split())[:300] or type(error).__name__
-
-
-def _itk_io(path: str) -> Any:
-    """ITK's reader for a file, with the header read; None where ITK knows no such files."""
-    with quiet_itk():
-        io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
-        if io is not None:
-            io.SetFileName(path)
-            io.ReadImageInformation()
-    return io
 
 
 def _itk_affine(io: Any) -> np.ndarray:
@@ -145,7 +129,7 @@ def _check_nifti_header(name: str, path: str) -> None:
 def _itk_geometry(name: str, path: str, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The affine by which ITK reads a file, of which nibabel has found another one perhaps."""
     try:
-        io = _itk_io(path)
+        io = read_itk_header(path)
     except RuntimeError as error:
         if "orthonormal" in str(error) and np.linalg.det(affine[:3, :3]) == 0:
             raise ValueError(f"{name} has a header whose axes span no volume: {affine.tolist()}.") from error
@@ -176,7 +160,7 @@ def _read_nibabel(name: str, path: str) -> _Raw | None:
     except ImageFileError:
         return None
     except HeaderDataError as error:
-        raise ValueError(f"cannot read {name}: {_reason(error)}") from error
+        raise ValueError(f"cannot read {name}: {itk_reason(error)}") from error
     if isinstance(image, nib.Nifti1Pair):
         _check_nifti_header(name, path)
     if not isinstance(image, nib.spatialimages.SpatialImage):
@@ -202,7 +186,7 @@ def _from_itk(image: Any, affine: np.ndarray, dtype: str) -> _Raw:
 
 
 def _read_itk(name: str, path: str) -> _Raw:
-    io = _itk_io(path)
+    io = read_itk_header(path)
     if io is None:
         raise ValueError(f"{name} is not an image that nibabel or ITK reads.")
     dims = io.GetNumberOfDimensions()
@@ -230,7 +214,7 @@ def _read_series(name: str, path: str) -> _Raw:
     slices = files[found[0]]
     if len(slices) < 2:
         raise ValueError(f"{name} is a folder with a single DICOM slice; a volume is needed.")
-    io = _itk_io(slices[0])
+    io = read_itk_header(slices[0])
     _check_layout(name, (io.GetDimensions(0), io.GetDimensions(1), len(slices)), io.GetNumberOfComponents())
     # slices may be scaled each by its own factor
     reader = itk.ImageSeriesReader[itk.Image[itk.F, 3]].New(FileNames=slices)
@@ -267,7 +251,7 @@ def _read(path: str | os.PathLike[str], name: str) -> tuple[_Raw, dict[str, Any]
         # the sentences of this module name the file already
         if named in str(error):
             raise
-        raise ValueError(f"cannot read {named}, which may be damaged or truncated: {_reason(error)}") from error
+        raise ValueError(f"cannot read {named}, which may be damaged or truncated: {itk_reason(error)}") from error
     _check_layout(named, raw.array.shape)
     if not np.isfinite(raw.affine).all():
         raise ValueError(f"{named} has an affine with NaN or infinite numbers: {raw.affine.tolist()}.")
@@ -480,7 +464,7 @@ def write_volume(image: MetaTensor, path: str | os.PathLike[str], dtype: Any = N
                 with quiet_itk():
                     itk.imwrite(volume, str(temporary), compression=True)
             except RuntimeError as error:
-                raise OSError(f"cannot write '{path}': {_reason(error)}") from error
+                raise OSError(f"cannot write '{path}': {itk_reason(error)}") from error
         return
     written = nib.Nifti1Image(array.astype(wanted), affine, dtype=wanted)
     # ITK looks at the sform only under this code, other tools at the qform

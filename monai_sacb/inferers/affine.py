@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from monai.data import MetaTensor
 
 from monai_sacb.data.foreground import CT_AIR, foreground_mask
-from monai_sacb.data.itk_images import array_to_itk
+from monai_sacb.data.itk_images import array_to_itk, itk_reason
 from monai_sacb.utils import check_count, image_name, plain_tensor
 
 __all__ = ["AffineRegistration", "estimate_affine"]
@@ -381,10 +380,9 @@ class AffineRegistration:
         try:
             affine = self._register(*images, starts, progress or (lambda stage: None))
         except RuntimeError as error:
-            reason = " ".join(re.split(r"ITK ERROR: (?:\w+\(0x[0-9a-f]+\): )?", str(error))[-1].split())
             raise ValueError(
                 f"{image_name('moving image', moving)} and {image_name('fixed image', fixed)} cannot be registered by "
-                f"an affine: {reason}"
+                f"an affine: {itk_reason(error)}"
             ) from error
         if affine is None:
             raise ValueError(
