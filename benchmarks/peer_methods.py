@@ -235,6 +235,25 @@ class Network(Method):
         return result[0].numpy(), None
 
 
+class Optimization(Method):
+    """The refinement of the bundle's evaluation alone, from no displacement."""
+
+    def __init__(self, threads: int, configs: Sequence[str], iterations: int) -> None:
+        super().__init__(threads)
+        from monai.bundle import ConfigParser
+
+        parser = ConfigParser()
+        parser.read_config([*configs, str(CONFIGS / "evaluate.json")])
+        self.optimization, self.iterations = parser.get_parsed_content("refinement"), iterations
+
+    def register(self, moving: np.ndarray, fixed: np.ndarray, spacing: Sequence[float]) -> Any:
+        images = [torch.from_numpy(np.ascontiguousarray(image))[None, None] for image in (moving, fixed)]
+        return self.optimization(*images, torch.zeros(1, 3, *fixed.shape), self.iterations)
+
+    def field(self, result: Any, moving: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
+        return result[0].numpy(), None
+
+
 METHODS: Mapping[str, tuple[type[Method], tuple[Any, ...]]] = {
     "identity": (Identity, ()),
     "syn": (Ants, (SYN,)),

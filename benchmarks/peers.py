@@ -9,9 +9,10 @@
 
 All methods get the same arrays: those of the bundle's evaluation with the overlay bundle/configs/data_<dataset>.json.
 Weights are ``name=file``, or ``name=file,overlay`` where the overlay defines another network; with ``--refine`` each
-network appears twice, as it is and refined. OUT/peers.csv has a row for each pair and method and grows as they are
-done: the same command goes on where the last one ended, and tries again what failed. OUT/<method>.log has what a tool
-wrote. Seconds are CPU time, of all threads. The settings of the tools are constants of peer_methods.py.
+network appears twice, as it is and refined, and so does the refinement alone, from no displacement. With ``--contrast``
+the moving image gets another contrast, as if of another modality. OUT/peers.csv has a row for each pair and method and
+grows as they are done: the same command goes on where the last one ended, and tries again what failed. OUT/<method>.log
+has what a tool wrote. Seconds are CPU time, of all threads. The settings of the tools are constants of peer_methods.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ _THREADS = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv[
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
     os.environ[_name] = _THREADS
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from peer_methods import CONFIGS, METHODS, Method, Network, Registration, Worker  # noqa: E402
+from peer_methods import CONFIGS, METHODS, Method, Network, Optimization, Registration, Worker  # noqa: E402
 
 from monai.bundle import ConfigParser  # noqa: E402
 from monai.metrics import DiceMetric  # noqa: E402
@@ -45,6 +47,12 @@ from monai_sacb.utils import pair_names, plain_tensor  # noqa: E402
 
 # a tool's own warp and ours differ by rounding and by what they do at the image's edge; a wrong field by far more
 MAX_WARP_DIFFERENCE = 0.01
+# what a moving image of intensities 0 to 1 is turned into; the background stays 0
+CONTRASTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "same": lambda image: image,
+    "gamma": lambda image: image**2,
+    "inverted": lambda image: torch.where(image > 0, 1 - image, image),
+}
 
 
 def read_pairs(
@@ -68,8 +76,10 @@ def config_files(dataset: str) -> list[Path]:
     return [CONFIGS / "train.json", CONFIGS / f"data_{dataset}.json"]
 
 
-def measure(pair: Mapping[str, Any], found: Registration, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Every metric of one pair."""
+def measure(
+    pair: Mapping[str, Any], image: np.ndarray, found: Registration, groups: Mapping[str, Sequence[int]]
+) -> dict[str, float]:
+    """Every metric of one pair; ``image`` is the moving image that the method was given."""
     ddf = torch.from_numpy(found.ddf)[None]
     if not bool(torch.isfinite(ddf).all()):
         raise RuntimeError("the field is not finite")
@@ -79,7 +89,7 @@ def measure(pair: Mapping[str, Any], found: Registration, groups: Mapping[str, S
     if found.warped is not None:
         # the middle: at the edge of the image tools differ in what lies outside
         inner = tuple(slice(2, -2) for _ in range(3))
-        ours = warp(plain_tensor(pair["moving_image"])[None], ddf)[0, 0]
+        ours = warp(torch.from_numpy(image)[None, None], ddf)[0, 0]
         difference = (ours - torch.as_tensor(found.warped, dtype=torch.float32)).abs()[inner].mean()
         values["warp_difference"] = float(difference)
         if not values["warp_difference"] < MAX_WARP_DIFFERENCE:
@@ -149,13 +159,16 @@ def table(
 
 def chosen_methods(options: argparse.Namespace) -> dict[str, tuple[type[Method], tuple[Any, ...]]]:
     methods = {name: METHODS[name] for name in options.methods}
+    configs = [str(path) for path in config_files(options.dataset)]
+    if options.refine:
+        methods[f"refinement {options.refine}"] = (Optimization, (configs, options.refine))
     for weights in options.weights:
         name, _, files = weights.partition("=")
         file, _, overlay = files.partition(",")
-        configs = [str(path) for path in config_files(options.dataset)] + ([overlay] if overlay else [])
         for iterations in dict.fromkeys((0, options.refine)):
             label = f"{name} refined {iterations}" if iterations else name
-            methods[label] = (Network, (configs, os.path.abspath(file), iterations))
+            all_configs = [*configs, overlay] if overlay else configs
+            methods[label] = (Network, (all_configs, os.path.abspath(file), iterations))
     return methods
 
 
@@ -172,6 +185,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=["identity"])
     parser.add_argument("--weights", nargs="*", default=[], help="name=file or name=file,overlay")
     parser.add_argument("--refine", type=int, default=0)
+    parser.add_argument("--contrast", choices=list(CONTRASTS), default="same", help="of the moving image")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first pairs")
     parser.add_argument("--output_dir", required=True)
@@ -199,6 +213,7 @@ def main() -> None:
                 continue
             pair = pairs[index]
             moving, fixed = (plain_tensor(pair[f"{role}_image"])[0].numpy() for role in ("moving", "fixed"))
+            moving = CONTRASTS[options.contrast](torch.from_numpy(moving)).numpy()
             names = pair_names(pair)
             for name in missing:
                 row = {"pair": str(index), "moving": names[0], "fixed": names[1], "method": name, "status": "done"}
@@ -206,7 +221,7 @@ def main() -> None:
                 row.update(dict.fromkeys(header[len(row) :], "nan"))
                 try:
                     found = workers[name].register(moving, fixed, pair["fixed_image"].pixdim.tolist())
-                    row.update({key: f"{value:.6g}" for key, value in measure(pair, found, groups).items()})
+                    row.update({key: f"{value:.6g}" for key, value in measure(pair, moving, found, groups).items()})
                 except RuntimeError as error:
                     row["status"] = f"failed: {error}".replace("\n", " ")[:300]
                 rows[(str(index), name)] = row
