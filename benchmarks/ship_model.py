@@ -119,7 +119,12 @@ def main() -> None:
         "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
         "data": arguments.data,
         "licence": arguments.licence,
-        "training": {"command": arguments.command, "seed": arguments.seed, "epochs": max(curves)},
+        "training": {
+            "command": arguments.command,
+            "seed": arguments.seed,
+            "epochs": max(curves),
+            "best_val_dice": max((row["val_dice"] for row in curves.values() if "val_dice" in row), default=None),
+        },
         "metrics": metrics,
         "settings": arguments.settings,
         "date": date.today().isoformat(),
