@@ -4,10 +4,10 @@
 
     python benchmarks/encoders.py --dataset_dir Task04_Hippocampus --output_dir output_encoders
 
-trains each arm on the hippocampus set as `data_hippocampus.json` says but for the encoder, for the same number of steps,
-and prints Dice and folds of the 60 pairs after the last step, the number of parameters, and the CPU seconds of a training
-step by itself. "Without" are the same parameters, whose gates and biases do not depend on clusters. Arms that are done
-are not trained again.
+trains each arm on the hippocampus set as `data_hippocampus.json` says but for the encoder, for the same number of
+steps, and prints Dice and folds of the 60 pairs after the last step, the number of parameters, and the CPU seconds of a
+training step by itself. "Without" are the same parameters, whose gates and biases do not depend on clusters. Arms that
+are done are not trained again.
 """
 
 from __future__ import annotations

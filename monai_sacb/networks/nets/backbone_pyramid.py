@@ -15,7 +15,7 @@ from monai.networks.layers.factories import Norm
 from monai.networks.nets import ResNet
 from monai.networks.nets.segresnet_ds import SegResEncoder
 from monai.networks.nets.swin_unetr import SwinTransformer
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple_rep, optional_import
 
 from monai_sacb.networks.blocks import ConvNormAct
 from monai_sacb.utils import check_count
@@ -41,9 +41,9 @@ class BackbonePyramid(nn.Module):
     """
     A backbone as the encoder of :py:class:`monai_sacb.networks.nets.SACBNet`.
 
-    The backbone takes an image and returns a list of maps, each of half the size of the one before. If the first has half
-    the size of the image, a stem of two convolutions delivers the level of full resolution. Every map passes through
-    an instance norm without parameters, since the matching compares features by their products.
+    The backbone takes an image and returns a list of maps, each of half the size of the one before. If the first has
+    half the size of the image, a stem of two convolutions delivers the level of full resolution. Every map of the
+    backbone passes through an instance norm without parameters, since the matching compares features by their products.
 
     Args:
         backbone: the module; it becomes part of this one. Its batch norms, which would mix the images of a batch, are
@@ -53,8 +53,8 @@ class BackbonePyramid(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
         stem_channels: channels of the stem; None for a backbone whose first map has the size of the image.
-        divisor: number that the sizes of images must be multiples of, at least twice. None: as many times 2 as there are
-            levels below the first. More for a backbone that computes coarser levels than are used, or wants it.
+        divisor: number that the sizes of images must be multiples of, at least twice. None: 2 to the power of the
+            number of levels below the first; more for a backbone that computes coarser maps than are used, or wants it.
 
     Attributes:
         channels: the channels of the levels, finest first, the stem's included.
@@ -133,6 +133,7 @@ class SwinPyramidEncoder(BackbonePyramid):
         options: further arguments of ``SwinTransformer``, such as ``use_checkpoint`` or ``use_v2``.
 
     Raises:
+        ModuleNotFoundError: When einops is not installed, which MONAI's transformer needs.
         ValueError: When an argument is out of its range.
 
     Source: Hatamizadeh et al., Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images,
@@ -150,6 +151,8 @@ class SwinPyramidEncoder(BackbonePyramid):
         num_heads: Sequence[int] = (2, 4, 8),
         **options: Any,
     ) -> None:
+        if not optional_import("einops")[1]:
+            raise ModuleNotFoundError("MONAI's SwinTransformer needs the package einops: pip install einops.")
         _check_stages("depths", depths)
         check_count("embed_dim", embed_dim)
         if len(num_heads) != len(depths):
@@ -157,7 +160,9 @@ class SwinPyramidEncoder(BackbonePyramid):
         for stage, heads in enumerate(num_heads):
             check_count("each of num_heads", heads)
             if embed_dim * 2**stage % heads != 0:
-                raise ValueError(f"num_heads must divide the channels of its stage, {embed_dim * 2**stage}, got {heads}.")
+                raise ValueError(
+                    f"num_heads must divide the channels of its stage, {embed_dim * 2**stage}, got {heads}."
+                )
         missing = NUM_STAGES - len(depths)
         backbone = SwinTransformer(
             in_chans=in_channels,

@@ -25,8 +25,8 @@ def _levels(encoder: nn.Module) -> tuple[list[int], int]:
     channels = getattr(encoder, "channels", None)
     if not isinstance(encoder, nn.Module) or not isinstance(channels, Sequence) or isinstance(channels, str):
         raise TypeError(
-            f"encoder must be a module whose attribute channels lists those of its levels, got {type(encoder).__name__} "
-            f"with channels {channels!r}."
+            "encoder must be a module whose attribute channels lists those of its levels, got "
+            f"{type(encoder).__name__} with channels {channels!r}."
         )
     if len(channels) < 2:
         raise ValueError(f"encoder must have at least two levels, got channels {list(channels)}.")
@@ -72,7 +72,7 @@ class SACBNet(nn.Module):
             turns an image ``(B, in_channels, *spatial)`` into a list of feature maps, the first of the image's size and
             each further one of half the size of the one before, with these attributes: ``channels``, those of the maps,
             finest first, two levels or more; and perhaps ``divisor``, which the sizes of images are padded to multiples
-            of, twice at least, by default as many times 2 as there are levels below the first. It must treat every
+            of, at least twice, by default 2 to the power of the number of levels below the first. It must treat every
             image of a batch by itself. See :py:class:`monai_sacb.networks.nets.BackbonePyramid`.
 
     Raises:
