@@ -14,11 +14,9 @@ from torch import nn
 from monai.networks.layers import factories
 from monai.networks.layers.factories import Conv, Norm
 from monai.networks.nets import (
-    UNETR,
     BasicUNet,
     DenseNet,
     DynUNet,
-    HighResNet,
     ResNet,
     SegResNet,
     SegResNetDS,
@@ -48,7 +46,6 @@ NETWORKS: dict[str, tuple[Net, int]] = {
     "SegResNet": (lambda norm: SegResNet(2, 4, 1, 2, norm=norm, blocks_down=(1, 1), blocks_up=(1,)), 7),
     "SegResNetDS": (lambda norm: SegResNetDS(2, 4, 1, 2, norm=norm, blocks_down=(1, 1)), 6),
     "DenseNet": (lambda norm: DenseNet(2, 1, 2, 4, 2, (1, 1), norm=norm), 7),
-    "UNETR": (lambda norm: UNETR(1, 2, (32, 32), 4, 8, 8, 1, norm_name=norm, spatial_dims=2), 21),
 }
 
 
