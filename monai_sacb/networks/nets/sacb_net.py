@@ -70,10 +70,11 @@ class SACBNet(nn.Module):
         integration_steps: number of squarings, at least 1; without effect unless ``diffeomorphic``.
         encoder: what takes the place of the paper's encoder (``base_channels`` is without effect then): a module that
             turns an image ``(B, in_channels, *spatial)`` into a list of feature maps, the first of the image's size and
-            each further one of half the size of the one before, with these attributes: ``channels``, those of the maps,
+            each further one of half the size of the one before. It has the attribute ``channels``, those of the maps,
             finest first, two levels or more; and perhaps ``divisor``, which the sizes of images are padded to multiples
             of, at least twice, by default 2 to the power of the number of levels below the first. It must treat every
-            image of a batch by itself, and keeps what it likes whatever ``use_checkpoint`` is. See :py:class:`monai_sacb.networks.nets.BackbonePyramid`.
+            image of a batch by itself, and keeps what it likes whatever ``use_checkpoint`` is. See
+            :py:class:`monai_sacb.networks.nets.BackbonePyramid`.
 
     Raises:
         TypeError: When the encoder is not a module with ``channels``.
