@@ -13,7 +13,7 @@ from monai_sacb.networks.blocks.conv_norm_act import ConvNormAct
 from monai_sacb.networks.layers import KMeans, cluster_adaptive_conv
 from monai_sacb.networks.layers.neighborhood import window_mean
 
-__all__ = ["SACBlock"]
+__all__ = ["ClusterAdaptive", "SACBlock"]
 
 # widths of the two small networks that turn a centroid into gates and a bias (SACB-Net, section 3)
 GATE_WIDTH = 128
@@ -37,7 +37,45 @@ class _Clusterer(nn.Module):
         return self.function(points)
 
 
-class SACBlock(nn.Module):
+class ClusterAdaptive(nn.Module):
+    """
+    What :py:class:`SACBlock` and :py:class:`monai_sacb.networks.blocks.SACBConv` share: a clusterer, the weight of a
+    convolution, and the two networks that turn the centroids of clusters into gates of its taps and into a bias.
+
+    Attributes:
+        clusterer: ``(points (B, N, C) in row-major voxel order) -> (labels (B, N) integer, centroids (B, K, C))``,
+            called once per forward pass. Any callable may be assigned; scripting is promised for the default,
+            :py:class:`monai_sacb.networks.layers.KMeans`, through which no gradient flows.
+    """
+
+    def set_up(self, in_channels: int, out_channels: int, num_clusters: int, num_taps: int, bias: bool = True) -> None:
+        """Make the parts; a class calls it where its parameters are to be made."""
+        self.clusterer = KMeans(num_clusters)
+        self.gate_mlp = _mlp(in_channels, GATE_WIDTH, num_taps)
+        self.bias_mlp = _mlp(in_channels, BIAS_WIDTH, out_channels) if bias else None
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, num_taps))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "clusterer" and not isinstance(value, nn.Module):
+            if not callable(value):
+                raise TypeError(f"clusterer must be callable, got {type(value).__name__}.")
+            value = _Clusterer(value)
+        super().__setattr__(name, value)
+
+    def adapt(self, x: torch.Tensor, kernel_size: int = 3) -> torch.Tensor:
+        """The convolution of ``(B, C_in, *spatial)`` that adapts to its clusters, ``(B, C_out, *spatial)``."""
+        labels, centroids = self.clusterer(window_mean(x).flatten(2).transpose(1, 2))
+        centroids = centroids.to(self.weight.dtype)
+        gates = torch.sigmoid(self.gate_mlp(centroids))
+        if self.bias_mlp is not None:
+            bias = self.bias_mlp(centroids)
+        else:
+            bias = gates.new_zeros([gates.shape[0], gates.shape[1], self.weight.shape[0]])
+        return cluster_adaptive_conv(x, self.weight, gates, bias, labels, kernel_size)
+
+
+class SACBlock(ClusterAdaptive):
     """
     Spatial-awareness convolution block: a residual convolution that adapts to regions found by clustering its features.
 
@@ -69,23 +107,11 @@ class SACBlock(nn.Module):
             raise ValueError(f"num_clusters must be at least 1, got {num_clusters}.")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        num_taps = 3**spatial_dims
         self.channels = channels
         self.spatial_dims = spatial_dims
         self.proj_in = ConvNormAct(spatial_dims, channels, channels, negative_slope)
-        self.clusterer = KMeans(num_clusters)
-        self.gate_mlp = _mlp(channels, GATE_WIDTH, num_taps)
-        self.bias_mlp = _mlp(channels, BIAS_WIDTH, channels)
-        self.weight = nn.Parameter(torch.empty(channels, channels, num_taps))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.set_up(channels, channels, num_clusters, 3**spatial_dims)
         self.act = nn.LeakyReLU(negative_slope)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "clusterer" and not isinstance(value, nn.Module):
-            if not callable(value):
-                raise TypeError(f"clusterer must be callable, got {type(value).__name__}.")
-            value = _Clusterer(value)
-        super().__setattr__(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -96,7 +122,4 @@ class SACBlock(nn.Module):
             ``(B, channels, *spatial)``.
         """
         h = self.proj_in(x)
-        labels, centroids = self.clusterer(window_mean(h).flatten(2).transpose(1, 2))
-        gates = torch.sigmoid(self.gate_mlp(centroids.to(self.weight.dtype)))
-        bias = self.bias_mlp(centroids.to(self.weight.dtype))
-        return x + self.act(cluster_adaptive_conv(h, self.weight, gates, bias, labels))
+        return x + self.act(self.adapt(h))

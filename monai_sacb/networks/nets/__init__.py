@@ -2,7 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from .backbone_pyramid import BackbonePyramid, ResNetPyramidEncoder, SegResNetPyramidEncoder, SwinPyramidEncoder
 from .feature_pyramid import FeaturePyramidEncoder
 from .sacb_net import SACBNet
 
-__all__ = ["FeaturePyramidEncoder", "SACBNet"]
+__all__ = [
+    "BackbonePyramid",
+    "FeaturePyramidEncoder",
+    "ResNetPyramidEncoder",
+    "SACBNet",
+    "SegResNetPyramidEncoder",
+    "SwinPyramidEncoder",
+]

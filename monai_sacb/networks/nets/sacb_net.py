@@ -20,6 +20,28 @@ from monai_sacb.utils import check_count
 __all__ = ["SACBNet"]
 
 
+def _levels(encoder: nn.Module) -> tuple[list[int], int]:
+    """Channels of an encoder's levels and the divisor of its sizes."""
+    channels = getattr(encoder, "channels", None)
+    if not isinstance(encoder, nn.Module) or not isinstance(channels, Sequence) or isinstance(channels, str):
+        raise TypeError(
+            "encoder must be a module whose attribute channels lists those of its levels, got "
+            f"{type(encoder).__name__} with channels {channels!r}."
+        )
+    if len(channels) < 2:
+        raise ValueError(f"encoder must have at least two levels, got channels {list(channels)}.")
+    for width in channels:
+        check_count("each number of the encoder's channels", width)
+    smallest = 2 ** (len(channels) - 1)
+    divisor = getattr(encoder, "divisor", smallest)
+    check_count("the encoder's divisor", divisor)
+    if divisor % smallest != 0:
+        raise ValueError(
+            f"the encoder's divisor must be a multiple of {smallest} for {len(channels)} levels, got {divisor}."
+        )
+    return list(channels), divisor
+
+
 class SACBNet(nn.Module):
     """
     SACB-Net: the dense displacement field that lays a moving image on a fixed one.
@@ -32,7 +54,8 @@ class SACBNet(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: channels of one image.
         base_channels: width c of the first convolution; the levels have 2c, 4c, 8c, 16c and 16c channels.
-        num_clusters: clusters of the blocks, one number or one for each of the levels 2, 3, 4 and 5.
+        num_clusters: clusters of the blocks, one number or one for each of the levels 2, 3, 4 and 5 (from 2 on, where
+            an encoder has another number of levels).
         negative_slope: slope of the LeakyReLU activations.
         scaled_matching: divide the feature products of the matching by the square root of the channels, as attention
             does; the paper does not. Undivided, they make the softmax of a random start nearly one-hot, and training
@@ -45,8 +68,16 @@ class SACBNet(nn.Module):
             costs ``integration_steps`` more warps of a field. The setting is part of the state as well, and a whole
             state without it is of a plain network; weights that make a diffeomorphic network plain are warned of.
         integration_steps: number of squarings, at least 1; without effect unless ``diffeomorphic``.
+        encoder: what takes the place of the paper's encoder (``base_channels`` is without effect then): a module that
+            turns an image ``(B, in_channels, *spatial)`` into a list of feature maps, the first of the image's size and
+            each further one of half the size of the one before. It has the attribute ``channels``, those of the maps,
+            finest first, two levels or more; and perhaps ``divisor``, which the sizes of images are padded to multiples
+            of, at least twice, by default 2 to the power of the number of levels below the first. It must treat every
+            image of a batch by itself, and keeps what it likes whatever ``use_checkpoint`` is. See
+            :py:class:`monai_sacb.networks.nets.BackbonePyramid`.
 
     Raises:
+        TypeError: When the encoder is not a module with ``channels``.
         ValueError: When an argument is out of its range.
 
     Attributes:
@@ -76,6 +107,7 @@ class SACBNet(nn.Module):
         use_checkpoint: bool = False,
         diffeomorphic: bool = False,
         integration_steps: int = 7,
+        encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -83,15 +115,18 @@ class SACBNet(nn.Module):
         if not isinstance(diffeomorphic, bool):
             raise ValueError(f"diffeomorphic must be True or False, got {diffeomorphic!r}.")
         check_count("integration_steps", integration_steps)
+        if encoder is None:
+            encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
+        channels, self.divisor = _levels(encoder)
         # ensure_tuple_rep refuses a sequence that is not of one number per level
-        clusters = ensure_tuple_rep(num_clusters, 4)
+        clusters = ensure_tuple_rep(num_clusters, len(channels) - 1)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.use_checkpoint = use_checkpoint
         # 0: flows are taken as they are
         self.integration_steps = integration_steps if diffeomorphic else 0
-        self.encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
-        channels = self.encoder.channels
+        self.encoder = encoder
+        self.feature_channels = channels
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
             [
@@ -126,6 +161,18 @@ class SACBNet(nn.Module):
         for estimator in (*self.estimators, self.finest_estimator):
             estimator.integration_steps = integration_steps
 
+    def _check_features(self, features: list[torch.Tensor], images: torch.Tensor) -> None:
+        fits = len(features) == len(self.feature_channels)
+        spatial = list(images.shape[2:])
+        for feature, channels in zip(features, self.feature_channels):
+            fits = fits and list(feature.shape) == [images.shape[0], channels] + spatial
+            spatial = [size // 2 for size in spatial]
+        if not fits:
+            raise ValueError(
+                f"for images {list(images.shape)}, the encoder must return maps with {self.feature_channels} channels, "
+                f"each of half the size of the one before, got {[list(feature.shape) for feature in features]}."
+            )
+
     def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
         """The same field on a grid of twice the size, in that grid's voxels."""
         return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=True)
@@ -134,14 +181,15 @@ class SACBNet(nn.Module):
         """
         Args:
             x: ``(B, 2 * in_channels, *spatial)``, the moving image's channels before the fixed image's. Any size: axes
-                are padded with zeros at their far ends, to at least 32 and a multiple of 16, and the field is cropped.
+                are padded with zeros at their far ends, to at least 32 and a multiple of 16 (in place of 16, the
+                ``divisor`` of another encoder, and twice of it), and the field is cropped.
 
         Returns:
             DDF ``(B, spatial_dims, *spatial)``, in voxels of the fixed grid, pull-back (``warped(p) = moving(p +
             ddf(p))``), channel i along array axis i.
 
         Raises:
-            ValueError: When the shape does not fit the network.
+            ValueError: When the shape does not fit the network, or the encoder's maps are not what it should return.
         """
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != 2 * self.in_channels:
             raise ValueError(
@@ -152,12 +200,13 @@ class SACBNet(nn.Module):
         padding: list[int] = []
         for size in spatial:
             # F.pad wants the last axis first
-            padding = [0, max(32, (size + 15) // 16 * 16) - size] + padding
+            padding = [0, self.divisor * max(2, (size + self.divisor - 1) // self.divisor) - size] + padding
         if max(padding) > 0:
             x = F.pad(x, padding)
         # instance norm treats every image alone, so both can share one batch
         images = torch.cat([x[:, : self.in_channels], x[:, self.in_channels :]])
-        features = self.encoder(images)
+        features = list(self.encoder(images))
+        self._check_features(features, images)
         ddf: torch.Tensor | None = None
         for estimator in self.estimators:
             # taken off the list, the maps of a level are freed when it is done
