@@ -55,10 +55,9 @@ def test_bundle_of_somebody_else(weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     (folder / "models").mkdir(parents=True)
     (folder / "configs").mkdir()
-    text = (
-        (bundle_source() / "configs" / "inference.json").read_text().replace('"base_channels": 4', '"base_channels": 2')
-    )
-    (folder / "configs" / "inference.json").write_text(text)
+    config = json.loads((bundle_source() / "configs" / "inference.json").read_text())
+    config["network_def"]["base_channels"] = 2
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
     (folder / "models" / "model.pt").write_bytes(weights.read_bytes())
     model = find_model(folder)
     network = model.network(model.parser(device=torch.device("cpu")))
