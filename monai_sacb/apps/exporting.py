@@ -108,7 +108,7 @@ def save_exported(
     path = Path(path)
     dims = int(getattr(network, "spatial_dims", 3))
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"a network is exported to a file {', '.join(SUFFIXES)}, got output '{path}'.")
+        raise ValueError(f"a network is exported to a file {', '.join(SUFFIXES)}, got the ending '{path.suffix}'.")
     if path.suffix == ".onnx" and not (has_onnx and has_onnxruntime):
         raise ModuleNotFoundError("export to .onnx needs more packages: pip install 'monai-sacb[export]'.")
     if path.suffix == ".ts":
