@@ -191,7 +191,7 @@ def export(model: str, output: str, size: str | None = None) -> dict[str, Any]:
         model: a name among those of ``info``, a file of weights, or a bundle's folder.
         output: the file to write: .ts is TorchScript, which takes images of any size; .onnx is for ONNX Runtime, .pt2
             for torch.export.load, both for images of one size.
-        size: that size, such as 160x192x160; smaller images are padded with zeros at the far ends of their axes.
+        size: that size, such as 160x192x160; smaller images can be padded with zeros at the far ends of their axes.
 
     Returns:
         the file, what it takes, and how well it agrees.
