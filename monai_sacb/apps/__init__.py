@@ -6,6 +6,7 @@ from .applying import apply
 from .bundle_copy import bundle
 from .convert_field import convert
 from .evaluating import evaluate
+from .exporting import export
 from .information import info
 from .registering import register
 from .registration import RegistrationResult
@@ -17,6 +18,7 @@ __all__ = [
     "bundle",
     "convert",
     "evaluate",
+    "export",
     "info",
     "register",
     "report",

@@ -22,6 +22,7 @@ from monai_sacb.apps.applying import apply
 from monai_sacb.apps.bundle_copy import bundle
 from monai_sacb.apps.convert_field import convert
 from monai_sacb.apps.evaluating import Evaluation, evaluate
+from monai_sacb.apps.exporting import export
 from monai_sacb.apps.information import info
 from monai_sacb.apps.registering import PairsResult, register
 from monai_sacb.apps.registration import RegistrationResult
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "info": info,
     "bundle": bundle,
+    "export": export,
     "convert_dataset": convert_pickled_folder,
 }
 # exit codes

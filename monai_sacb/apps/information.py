@@ -12,10 +12,11 @@ import torch
 
 from monai_sacb.networks import available_models
 from monai_sacb.utils import bundle_source
+from monai_sacb.version import __version__
 
 __all__ = ["info"]
 
-PACKAGES = ("monai-sacb", "monai", "torch", "numpy", "itk", "nibabel", "pytorch-ignite")
+PACKAGES = ("monai", "torch", "numpy", "itk", "nibabel", "pytorch-ignite")
 
 
 def _version(package: str) -> str | None:
@@ -36,7 +37,11 @@ def info() -> dict[str, Any]:
     devices = ["cpu"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return {
-        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "monai-sacb": __version__,
+            **{package: _version(package) for package in PACKAGES},
+        },
         "devices": devices,
         "threads": torch.get_num_threads(),
         "models": [*available_models(), "none"],

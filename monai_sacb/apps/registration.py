@@ -32,6 +32,7 @@ from monai_sacb.networks import find_model
 from monai_sacb.networks.layers import warp
 from monai_sacb.networks.pretrained import RegistrationModel
 from monai_sacb.utils import first_line, peak_memory_mb, write_json
+from monai_sacb.version import __version__
 from monai_sacb.visualize.report import write_report
 
 __all__ = ["RegistrationOptions", "RegistrationResult", "register_files"]
@@ -252,7 +253,7 @@ def _sidecar(
             "spacing": list(pair.grid.spacing),
         },
         "files": dict(written),
-        "versions": {"monai_sacb": version("monai-sacb"), **versions, "python": platform.python_version()},
+        "versions": {"monai_sacb": __version__, **versions, "python": platform.python_version()},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

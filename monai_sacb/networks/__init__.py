@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from .official import load_official_checkpoint
-from .pretrained import available_models, find_model, load_pretrained
+from .pretrained import available_models, find_model, load_pretrained, stored_base_channels
 
-__all__ = ["available_models", "find_model", "load_official_checkpoint", "load_pretrained"]
+__all__ = [
+    "available_models",
+    "find_model",
+    "load_official_checkpoint",
+    "load_pretrained",
+    "stored_base_channels",
+]

@@ -16,12 +16,15 @@ from torch import nn
 
 from monai.bundle import ConfigParser
 
-from monai_sacb.utils import bundle_source, file_digest
+from monai_sacb.utils import bundle_source, file_digest, read_checkpoint
 
-__all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained"]
+__all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained", "stored_base_channels"]
 
 # entries of the configs that a file beside weights may set
 SETTINGS = ("network_def", "working_grid", "refinement", "refine_alone", "refine_after_network", "thresholds")
+
+# the first convolution of SACBNet, whose number of channels is base_channels
+FIRST_WEIGHT = "encoder.levels.0.0.conv.weight"
 
 
 @dataclass(frozen=True)
@@ -189,3 +192,29 @@ def load_pretrained(model: str | os.PathLike[str], device: torch.device | str = 
     if network is None:
         raise ValueError(f"'{model}' is no network: give one of {', '.join(available_models())}, or a file of weights.")
     return network
+
+
+def stored_base_channels(path: str | os.PathLike[str] | None, default: int) -> int:
+    """
+    The width of the network whose weights a file holds: what ``inference.json`` builds its network with.
+
+    So weights of any width can be named there, as those of a training by ``train.json``.
+
+    Args:
+        path: a state dict of :py:class:`monai_sacb.networks.nets.SACBNet`, or the state of a whole training.
+        default: the width where there is no such file, or it holds the weights of another kind of network, which is
+            refused with a sentence when they are loaded.
+
+    Returns:
+        ``base_channels``.
+
+    Raises:
+        ValueError: When the file is there but cannot be read.
+    """
+    if path is None or not Path(path).is_file():
+        return default
+    state = read_checkpoint(path)
+    if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
+        state = state["network"]
+    first = state.get(FIRST_WEIGHT) if isinstance(state, Mapping) else None
+    return int(first.shape[0]) if isinstance(first, torch.Tensor) and first.dim() > 0 else default

@@ -30,9 +30,9 @@ def find_bundle_root() -> str:
 
 
 def bundle_source() -> Path:
-    """The folder of the bundle that came with the package, in an installation or in a clone."""
+    """The folder of the bundle that the package came with, in an installation or a clone, or that it came inside."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "bundle", package.parent / "bundle"):
+    for folder in (package / "bundle", package.parent / "bundle", package.parent):
         if (folder / "configs" / "metadata.json").is_file():
             return folder
     raise FileNotFoundError(f"this installation of monai_sacb in '{package}' has no bundle; install it again.")

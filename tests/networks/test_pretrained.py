@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from monai_sacb.networks import available_models, find_model, load_pretrained, pretrained
+from monai_sacb.networks import (
+    available_models,
+    find_model,
+    load_pretrained,
+    pretrained,
+    stored_base_channels,
+)
 from monai_sacb.networks.nets import SACBNet
 from monai_sacb.utils import bundle_source, file_digest
 
@@ -55,10 +61,9 @@ def test_bundle_of_somebody_else(weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     (folder / "models").mkdir(parents=True)
     (folder / "configs").mkdir()
-    text = (
-        (bundle_source() / "configs" / "inference.json").read_text().replace('"base_channels": 4', '"base_channels": 2')
-    )
-    (folder / "configs" / "inference.json").write_text(text)
+    config = json.loads((bundle_source() / "configs" / "inference.json").read_text())
+    config["network_def"]["base_channels"] = 2
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
     (folder / "models" / "model.pt").write_bytes(weights.read_bytes())
     model = find_model(folder)
     network = model.network(model.parser(device=torch.device("cpu")))
@@ -140,3 +145,35 @@ def test_two_models_of_one_name(own_models: Path) -> None:
     (own_models / "other.json").write_text('{"name": "spine"}')
     with pytest.raises(ValueError, match="both call themselves 'spine'"):
         find_model("spine")
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_stored_width(tmp_path: Path, width: int) -> None:
+    path, state = tmp_path / "x.pt", SACBNet(2, base_channels=width, num_clusters=2).state_dict()
+    for content in (state, {"network": state, "epoch": 3}):
+        torch.save(content, path)
+        assert stored_base_channels(path, 4) == width
+
+
+@pytest.mark.parametrize("content", [None, {"a": torch.zeros(3)}, [1, 2], torch.nn.Linear(2, 3).state_dict()])
+def test_width_where_none_is_stored(tmp_path: Path, content: Any) -> None:
+    """What is wrong with the file is said when the weights are loaded."""
+    path = tmp_path / "x.pt"
+    if content is not None:
+        torch.save(content, path)
+    assert stored_base_channels(path, 6) == 6
+    assert stored_base_channels(None, 6) == 6
+
+
+def test_width_of_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"x.pt' is not a readable checkpoint"):
+        stored_base_channels(tmp_path / "x.pt", 6)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_weights_need_no_card_for_their_width(tmp_path: Path, width: int) -> None:
+    expected = SACBNet(base_channels=width)
+    torch.save(expected.state_dict(), tmp_path / "x.pt")
+    loaded = load_pretrained(tmp_path / "x.pt")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in expected.state_dict().items())

@@ -43,6 +43,11 @@ class SameConv(nn.Module):
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution alone."""
+        # TorchScript passes over a whole block only
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            # ONNX knows no layouts
+            if torch.onnx.is_in_onnx_export():
+                return self.conv(x)
         if not x.is_cpu or not self.channels_last:
             return self.conv(x)
         # the layout of either operand decides; maps of one channel have none, so that the result is converted as well

@@ -114,7 +114,9 @@ class ConvFlowEstimator(nn.Module):
         if ddf is not None:
             moving = warp(moving, ddf)
         # instance norm treats every image alone, so both can share one batch
-        moving, fixed = self.refine(torch.cat([moving, fixed])).chunk(2)
+        batch = moving.shape[0]
+        maps = self.refine(torch.cat([moving, fixed]))
+        moving, fixed = maps[:batch], maps[batch:]
         delta = self.flow(torch.cat([fixed, moving], 1))
         # a field in half precision is off by tenths of a voxel
         if delta.dtype != torch.float64:

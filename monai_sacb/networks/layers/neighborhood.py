@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from monai_sacb.utils import is_exported
+
 __all__ = ["Windows", "empty_maps", "pad_spatial", "shifted", "window_mean", "window_offsets"]
 
 # windows that are gathered at a time: a few megabytes, the second level of a CPU's cache
@@ -62,7 +64,8 @@ def window_mean(x: torch.Tensor, kernel: int = 3) -> torch.Tensor:
         x = x.float()
     if torch.jit.is_scripting():
         return _pooled_mean(x, kernel)
-    if not (x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
+    # ONNX takes no convolution whose weight comes from the size of another map
+    if is_exported() or not (x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
         return _pooled_mean(x, kernel)
     # the convolution of each channel by itself, of a library that has it, takes a fifth of the time of pooling
     convolve = F.conv3d if x.dim() == 5 else F.conv2d

@@ -92,4 +92,9 @@ def instance_norm_leaky_relu(x: torch.Tensor, negative_slope: float = 0.1, eps: 
         in_place = (x.is_contiguous() or x.movedim(1, -1).is_contiguous()) and not (x.is_leaf and x.requires_grad)
         if invertible and in_place and not is_traced():
             return _InstanceNormLeakyReLU.apply(x, negative_slope, eps)
+        if torch.onnx.is_in_onnx_export():
+            # its operator of that name needs to know the number of channels, which it loses on the way
+            axes = list(range(2, x.dim()))
+            x = x - x.mean(axes, keepdim=True)
+            return F.leaky_relu(x * (x.square().mean(axes, keepdim=True) + eps).rsqrt(), negative_slope)
     return F.leaky_relu(F.instance_norm(x, eps=eps), negative_slope)

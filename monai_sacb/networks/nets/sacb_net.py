@@ -196,7 +196,7 @@ class SACBNet(nn.Module):
                 f"expected the moving and the fixed image as one tensor (B, {2 * self.in_channels}, "
                 f"{self.spatial_dims} spatial axes), got shape {list(x.shape)}."
             )
-        spatial = list(x.shape[2:])
+        batch, spatial = x.shape[0], list(x.shape[2:])
         padding: list[int] = []
         for size in spatial:
             # F.pad wants the last axis first
@@ -210,7 +210,8 @@ class SACBNet(nn.Module):
         ddf: torch.Tensor | None = None
         for estimator in self.estimators:
             # taken off the list, the maps of a level are freed when it is done
-            moving, fixed = features.pop().chunk(2)
+            maps = features.pop()
+            moving, fixed = maps[:batch], maps[batch:]
             if torch.jit.is_scripting():
                 ddf = estimator(moving, fixed, ddf)
             elif self.use_checkpoint and self.training:
@@ -218,7 +219,8 @@ class SACBNet(nn.Module):
             else:
                 ddf = estimator(moving, fixed, ddf)
             ddf = self._upsample(ddf)
-        moving, fixed = features.pop().chunk(2)
+        maps = features.pop()
+        moving, fixed = maps[:batch], maps[batch:]
         if torch.jit.is_scripting():
             ddf = self.finest_estimator(moving, fixed, ddf)
         elif self.use_checkpoint and self.training:
