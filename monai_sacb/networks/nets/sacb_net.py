@@ -45,6 +45,10 @@ class SACBNet(nn.Module):
             costs ``integration_steps`` more warps of a field. The setting is part of the state as well, and a whole
             state without it is of a plain network; weights that make a diffeomorphic network plain are warned of.
         integration_steps: number of squarings, at least 1; without effect unless ``diffeomorphic``.
+        align_corners: double the size of a level's field so that the corner voxels of both grids coincide, as the paper
+            does. But the pyramid averages blocks of two voxels, so that a coarse voxel lies between two fine ones:
+            ``False`` puts the field there. The setting is part of the state as well; a whole state without it is of
+            the paper's network, and weights that put corners on corners again are warned of.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -63,7 +67,7 @@ class SACBNet(nn.Module):
 
     """
 
-    optional_state = ("integration_steps",)
+    optional_state = ("integration_steps", "align_corners")
 
     def __init__(
         self,
@@ -76,12 +80,14 @@ class SACBNet(nn.Module):
         use_checkpoint: bool = False,
         diffeomorphic: bool = False,
         integration_steps: int = 7,
+        align_corners: bool = True,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        if not isinstance(diffeomorphic, bool):
-            raise ValueError(f"diffeomorphic must be True or False, got {diffeomorphic!r}.")
+        for name, value in (("diffeomorphic", diffeomorphic), ("align_corners", align_corners)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
         check_count("integration_steps", integration_steps)
         # ensure_tuple_rep refuses a sequence that is not of one number per level
         clusters = ensure_tuple_rep(num_clusters, 4)
@@ -90,6 +96,7 @@ class SACBNet(nn.Module):
         self.use_checkpoint = use_checkpoint
         # 0: flows are taken as they are
         self.integration_steps = integration_steps if diffeomorphic else 0
+        self.align_corners = align_corners
         self.encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
         channels = self.encoder.channels
         # coarsest level first, the order in which they work
@@ -104,16 +111,20 @@ class SACBNet(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # no buffer: what decides about operations must be known when they are recorded
+        # no buffers: what decides about operations must be known when they are recorded
         destination[f"{prefix}integration_steps"] = torch.tensor(self.integration_steps)
+        destination[f"{prefix}align_corners"] = torch.tensor(self.align_corners)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = f"{prefix}integration_steps"
-        rest = {key: value for key, value in state_dict.items() if key != name}
+        names = {f"{prefix}{name}" for name in self.optional_state}
+        rest = {key: value for key, value in state_dict.items() if key not in names}
         super()._load_from_state_dict(rest, prefix, *args)
-        # a part of a state, such as an encoder's, says nothing by leaving it out
-        if name in state_dict or all(f"{prefix}{key}" in state_dict for key, _ in self.named_parameters()):
-            self._set_steps(int(state_dict.get(name, 0)))
+        # a part of a state, such as an encoder's, says nothing by leaving them out
+        whole = all(f"{prefix}{key}" in state_dict for key, _ in self.named_parameters())
+        if whole or f"{prefix}integration_steps" in state_dict:
+            self._set_steps(int(state_dict.get(f"{prefix}integration_steps", 0)))
+        if whole or f"{prefix}align_corners" in state_dict:
+            self._set_corners(bool(state_dict.get(f"{prefix}align_corners", True)))
 
     def _set_steps(self, integration_steps: int) -> None:
         if integration_steps != 0:
@@ -126,9 +137,16 @@ class SACBNet(nn.Module):
         for estimator in (*self.estimators, self.finest_estimator):
             estimator.integration_steps = integration_steps
 
+    def _set_corners(self, align_corners: bool) -> None:
+        if align_corners and not self.align_corners:
+            logging.getLogger(__name__).warning(
+                "the weights are of a network that doubles fields with corners aligned: now this one does, too."
+            )
+        self.align_corners = align_corners
+
     def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
         """The same field on a grid of twice the size, in that grid's voxels."""
-        return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=True)
+        return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=self.align_corners)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
