@@ -183,11 +183,19 @@ ARMS = {
 }
 
 
-def train(arm: Arm, output_dir: Path, overrides: dict[str, Any]) -> None:
+def train(arm: Arm, output_dir: Path, overrides: dict[str, Any], size: list[int] | None = None) -> None:
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / name) for name in ("train.json", "data_hippocampus.json", *arm.files)])
     for key, value in {**overrides, "output_dir": str(output_dir), **arm.overrides}.items():
         parser[key] = value
+    if size is not None:
+        crop = {
+            "_target_": "CenterSpatialCropd",
+            "keys": ["image", "label"],
+            "roi_size": size,
+            "allow_missing_keys": True,
+        }
+        parser["subject_transforms"] = [*parser["subject_transforms"], crop]
     parser.get_parsed_content("initialize")
     if arm.change is not None:
         arm.change(parser)
@@ -203,12 +211,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=15, help="of 20 steps each")
     parser.add_argument("--label_weight", type=float, default=0.0)
+    parser.add_argument("--size", nargs=3, type=int, help="of the middle that images are cropped to: less time a step")
     arguments = parser.parse_args()
     lines = []
     for name in arguments.arms:
         dice, folds = [], []
         for seed in arguments.seeds:
             folder = arguments.output_dir / f"{name}_{seed}_{arguments.epochs}epochs_label{arguments.label_weight:g}"
+            if arguments.size:
+                folder = folder.with_name(f"{folder.name}_{'x'.join(map(str, arguments.size))}")
             if not (folder / "summary.json").is_file():
                 start, epochs = time.perf_counter(), round(ARMS[name].length * arguments.epochs)
                 options = {
@@ -219,7 +230,7 @@ def main() -> None:
                     "saved_pairs": 0,
                     "label_weight": arguments.label_weight,
                 }
-                train(ARMS[name], folder, options)
+                train(ARMS[name], folder, options, arguments.size)
                 sys.stderr.write(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s\n")
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             dice.append(summary["val_dice/mean"])
