@@ -172,6 +172,12 @@ ARMS = {
     "diffeomorphic": Arm("velocities integrated at each level", {"network_def#diffeomorphic": True}),
     "symmetric": Arm("both directions, inverse consistency", files=("symmetric.json",)),
     "symmetric_half": Arm("the same, half the steps", files=("symmetric.json",), length=0.5),
+    "symmetric_strong": Arm(
+        "the same, inverse consistency ten times as heavy",
+        {"inverse_consistency_weight": 0.1},
+        files=("symmetric.json",),
+        length=0.5,
+    ),
     "directions": Arm("both directions alone", {"inverse_consistency_weight": 0.0}, files=("symmetric.json",)),
     "window9": Arm("LNCC window 9", {"lncc_window": 9}),
     "window7": Arm("LNCC window 7", {"lncc_window": 7}),
