@@ -67,6 +67,7 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         command = re.sub(r"(run training(?:[^\n\\]|\\\n)*)", r"\1 --max_epochs 1 --pairs_per_epoch 2", block)
         command = command.replace("--refine 100", "--refine 1")
         command = re.sub(r"(benchmarks/encoders.py.*)", r"\1 --encoders resnet --epochs 1", command)
+        command = re.sub(r"--epochs \d+ --seeds .*", "--epochs 1 --seeds 0 --arms base --size 32 32 32", command)
         sizes = "--network_size 32 32 32 --training_size 32 32 32 --largest 32"
         command = re.sub(r"(benchmarks/performance.py.*)--rounds \d", rf"\1--rounds 1 {sizes}", command)
         # the tools are not dependencies

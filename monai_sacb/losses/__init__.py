@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .fold import FoldPenaltyLoss
+from .inverse_consistency import InverseConsistencyLoss
 from .landmark import LandmarkLoss
 from .lncc import LNCCLoss
 from .mind import MINDSSCLoss, mind_ssc
@@ -14,6 +15,7 @@ __all__ = [
     "BendingPenaltyLoss",
     "FoldPenaltyLoss",
     "GradientPenaltyLoss",
+    "InverseConsistencyLoss",
     "LNCCLoss",
     "LandmarkLoss",
     "MINDSSCLoss",

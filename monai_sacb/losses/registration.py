@@ -11,6 +11,7 @@ from torch import nn
 
 from monai.networks import one_hot
 
+from monai_sacb.losses.inverse_consistency import InverseConsistencyLoss
 from monai_sacb.losses.landmark import LandmarkLoss
 from monai_sacb.losses.lncc import LNCCLoss
 from monai_sacb.losses.smoothness import GradientPenaltyLoss
@@ -23,7 +24,7 @@ __all__ = ["RegistrationLoss"]
 class RegistrationLoss(nn.Module):
     """
     Similarity of the warped moving image to the fixed one, plus smoothness of the field, plus overlap of labels, plus
-    distance of landmarks.
+    distance of landmarks, plus agreement of the fields of both directions.
 
     Every term is a module that can be exchanged, for one of MONAI's losses for instance. The terms of labels and of
     landmarks are left out where a batch has none.
@@ -43,10 +44,14 @@ class RegistrationLoss(nn.Module):
         landmark_weight: weight of the landmark term.
         similarity_key: the entries that the similarity compares, ``"image"``, or ``"anatomy"``: images of one contrast
             that the network does not see, see :py:class:`monai_sacb.transforms.LabelsToImaged`.
+        inverse_consistency: ``(ddf, ddf of the other direction, mask or None) -> loss``. Defaults to
+            :py:class:`InverseConsistencyLoss`.
+        inverse_consistency_weight: weight of the term that makes the fields of both directions inverse to each other,
+            which needs batches of :py:class:`monai_sacb.engines.PrepareRegistrationBatch` with ``symmetric=True``.
 
     Attributes:
-        weights: weight of each term, named ``"similarity"``, ``"label"``, ``"landmarks"`` and ``"regularization"`` or
-            as given, which :py:class:`monai_sacb.handlers.LossWeightSchedule` changes.
+        weights: weight of each term, named ``"similarity"``, ``"label"``, ``"landmarks"``, ``"inverse_consistency"``
+            and ``"regularization"`` or as given, which :py:class:`monai_sacb.handlers.LossWeightSchedule` changes.
         last_terms: value of each term that the last call computed, without its weight and without gradient; see
             :py:class:`monai_sacb.handlers.LossTerms`.
 
@@ -69,6 +74,8 @@ class RegistrationLoss(nn.Module):
         landmarks: nn.Module | None = None,
         landmark_weight: float = 0.0,
         similarity_key: str = "image",
+        inverse_consistency: nn.Module | None = None,
+        inverse_consistency_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if regularization is None:
@@ -77,17 +84,18 @@ class RegistrationLoss(nn.Module):
             regularization = {"regularization": regularization}
         if not isinstance(regularization_weight, Mapping):
             regularization_weight = {"regularization": regularization_weight}
-        reserved = {"similarity", "label", "landmarks"}
+        reserved = {"similarity", "label", "landmarks", "inverse_consistency"}
         if set(regularization) != set(regularization_weight) or reserved & set(regularization):
             raise ValueError(
-                "regularization and regularization_weight must have the same names, other than similarity, label and "
-                f"landmarks, got {sorted(regularization)} and {sorted(regularization_weight)}."
+                "regularization and regularization_weight must have the same names, other than similarity, label, "
+                f"landmarks and inverse_consistency, got {sorted(regularization)} and {sorted(regularization_weight)}."
             )
         self.weights = {
             "similarity": 1.0,
             **regularization_weight,
             "label": label_weight,
             "landmarks": landmark_weight,
+            "inverse_consistency": inverse_consistency_weight,
         }
         for name, weight in self.weights.items():
             if not isinstance(weight, Real) or not 0 <= weight < math.inf:
@@ -105,6 +113,7 @@ class RegistrationLoss(nn.Module):
             raise ValueError(f"similarity_key must be 'image' or 'anatomy', got {similarity_key!r}.")
         self.similarity_key = similarity_key
         self.landmarks = LandmarkLoss() if landmarks is None else landmarks
+        self.inverse_consistency = InverseConsistencyLoss() if inverse_consistency is None else inverse_consistency
         self.last_terms: dict[str, torch.Tensor] = {}
 
     def forward(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -116,14 +125,15 @@ class RegistrationLoss(nn.Module):
                 without labels; ``moving_landmarks`` and ``fixed_landmarks``, ``(B, N, d)``, in voxels, rows of NaN
                 where there are less. With ``use_masks`` also ``moving_field_of_view`` and ``fixed_field_of_view``,
                 ``(B, 1, *spatial)``, 0 or 1. With ``similarity_key="anatomy"`` also ``moving_anatomy`` and
-                ``fixed_anatomy``, ``(B, C, *spatial)``.
+                ``fixed_anatomy``, ``(B, C, *spatial)``. For the term of inverse consistency ``reverse``, ``(B,)``:
+                which pair of the batch is each one's other direction.
 
         Returns:
             the weighted sum, a scalar.
 
         Raises:
-            ValueError: When the batch lacks the fields of view or the anatomy that are wanted, or the label term has
-                been switched on without ``num_labels``.
+            ValueError: When the batch lacks the fields of view, the anatomy or the other directions that are wanted,
+                or the label term has been switched on without ``num_labels``.
         """
         terms = {"similarity": self.similarity(*self._images(pred, target))}
         for name, term in zip(self.regularization_names, self.regularizations):
@@ -135,6 +145,8 @@ class RegistrationLoss(nn.Module):
                 terms["label"] = label
         if self.weights["landmarks"] > 0 and "moving_landmarks" in target and "fixed_landmarks" in target:
             terms["landmarks"] = self.landmarks(target["moving_landmarks"], target["fixed_landmarks"], pred)
+        if self.weights["inverse_consistency"] > 0:
+            terms["inverse_consistency"] = self._consistency_term(pred, target)
         self.last_terms = {name: value.detach() for name, value in terms.items()}
         loss = self.weights["similarity"] * terms.pop("similarity")
         for name, value in terms.items():
@@ -168,3 +180,13 @@ class RegistrationLoss(nn.Module):
             return self.label(moving, fixed, pred, self.num_labels)
         moving_maps, fixed_maps = (one_hot(label[labelled], self.num_labels + 1) for label in (moving, fixed))
         return self.label(warp(moving_maps, pred[labelled]), fixed_maps)
+
+    def _consistency_term(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Each field with that of its other direction, within the fixed image's mask if masks are wanted."""
+        if "reverse" not in target:
+            raise ValueError(
+                "the term of inverse consistency needs both directions of every pair in one batch, as "
+                "PrepareRegistrationBatch(symmetric=True) makes them."
+            )
+        mask = target["fixed_field_of_view"] if self.use_masks else None
+        return self.inverse_consistency(pred, pred[target["reverse"]], mask)

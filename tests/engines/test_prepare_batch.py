@@ -169,3 +169,44 @@ def test_in_a_trainer() -> None:
     moving, fixed = targets[0]["moving_image"], targets[0]["fixed_image"]
     gradient = (2 * (moving - fixed - moving) * (moving - fixed)).mean()
     torch.testing.assert_close(network.weight.detach(), 1.0 - 0.1 * gradient)
+
+
+ENTRIES = [f"{role}_{entry}" for entry in ("label", "field_of_view", "landmarks") for role in ("moving", "fixed")]
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["plain", "meta"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_both_directions(shape: tuple[int, ...], meta: bool) -> None:
+    data = batch(shape, (*ENTRIES, "moving_anatomy", "fixed_anatomy"), meta)
+    image, target = PrepareRegistrationBatch(symmetric=True)(data)
+    number, swapped = shape[0], {"moving": "fixed", "fixed": "moving"}
+    assert len(image) == 2 * number and target.keys() == (data.keys() - {"other"}) | {"reverse"}
+    assert all(type(value) is torch.Tensor for value in (image, *target.values()))
+    for key in target.keys() - {"reverse"}:
+        role, entry = key.split("_", 1)
+        assert torch.equal(target[key][:number], torch.as_tensor(data[key])), key
+        assert torch.equal(target[key][number:], torch.as_tensor(data[f"{swapped[role]}_{entry}"])), key
+        assert torch.equal(target[f"{swapped[role]}_{entry}"][target["reverse"]], target[key]), key
+    assert torch.equal(image, torch.cat([target["moving_image"], target["fixed_image"]], 1))
+    assert torch.equal(target["reverse"].sort().values, torch.arange(2 * number))
+
+
+def test_what_one_image_has_alone_has_no_other_direction() -> None:
+    data = batch((2, 1, 4, 5, 6), ("moving_label", "fixed_field_of_view", "moving_landmarks", "fixed_landmarks"))
+    _, target = PrepareRegistrationBatch(symmetric=True)(data)
+    keys = {"moving_image", "fixed_image", "moving_landmarks", "fixed_landmarks", "reverse"}
+    assert target.keys() == keys
+
+
+@pytest.mark.parametrize("missing", ["moving_image", "fixed_image"])
+def test_both_directions_need_two_images(missing: str) -> None:
+    data = batch((1, 1, 4, 5, 6))
+    del data[missing]
+    with pytest.raises(KeyError, match=missing):
+        PrepareRegistrationBatch(symmetric=True)(data)
+
+
+@pytest.mark.parametrize("value", [None, 1, "true"])
+def test_symmetric_is_true_or_false(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"symmetric must be True or False, got {value!r}"):
+        PrepareRegistrationBatch(symmetric=value)

@@ -75,6 +75,10 @@ class SACBNet(nn.Module):
             of, at least twice, by default 2 to the power of the number of levels below the first. It must treat every
             image of a batch by itself, and keeps what it likes whatever ``use_checkpoint`` is. See
             :py:class:`monai_sacb.networks.nets.BackbonePyramid`.
+        align_corners: double the size of a level's field so that the corner voxels of both grids coincide, as the paper
+            does. But the pyramid averages blocks of two voxels, so that a coarse voxel lies between two fine ones:
+            ``False`` puts the field there. The setting is part of the state as well; a whole state without it is of
+            the paper's network, and weights that put corners on corners again are warned of.
 
     Raises:
         TypeError: When the encoder is not a module with ``channels``.
@@ -94,7 +98,7 @@ class SACBNet(nn.Module):
 
     """
 
-    optional_state = ("integration_steps",)
+    optional_state = ("integration_steps", "align_corners")
 
     def __init__(
         self,
@@ -108,12 +112,14 @@ class SACBNet(nn.Module):
         diffeomorphic: bool = False,
         integration_steps: int = 7,
         encoder: nn.Module | None = None,
+        align_corners: bool = True,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        if not isinstance(diffeomorphic, bool):
-            raise ValueError(f"diffeomorphic must be True or False, got {diffeomorphic!r}.")
+        for name, value in (("diffeomorphic", diffeomorphic), ("align_corners", align_corners)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
         check_count("integration_steps", integration_steps)
         if encoder is None:
             encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
@@ -127,6 +133,7 @@ class SACBNet(nn.Module):
         self.integration_steps = integration_steps if diffeomorphic else 0
         self.encoder = encoder
         self.feature_channels = channels
+        self.align_corners = align_corners
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
             [
@@ -139,16 +146,20 @@ class SACBNet(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # no buffer: what decides about operations must be known when they are recorded
+        # no buffers: what decides about operations must be known when they are recorded
         destination[f"{prefix}integration_steps"] = torch.tensor(self.integration_steps)
+        destination[f"{prefix}align_corners"] = torch.tensor(self.align_corners)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = f"{prefix}integration_steps"
-        rest = {key: value for key, value in state_dict.items() if key != name}
+        names = {f"{prefix}{name}" for name in self.optional_state}
+        rest = {key: value for key, value in state_dict.items() if key not in names}
         super()._load_from_state_dict(rest, prefix, *args)
-        # a part of a state, such as an encoder's, says nothing by leaving it out
-        if name in state_dict or all(f"{prefix}{key}" in state_dict for key, _ in self.named_parameters()):
-            self._set_steps(int(state_dict.get(name, 0)))
+        # a part of a state, such as an encoder's, says nothing by leaving them out
+        whole = all(f"{prefix}{key}" in state_dict for key, _ in self.named_parameters())
+        if whole or f"{prefix}integration_steps" in state_dict:
+            self._set_steps(int(state_dict.get(f"{prefix}integration_steps", 0)))
+        if whole or f"{prefix}align_corners" in state_dict:
+            self._set_corners(bool(state_dict.get(f"{prefix}align_corners", True)))
 
     def _set_steps(self, integration_steps: int) -> None:
         if integration_steps != 0:
@@ -173,9 +184,16 @@ class SACBNet(nn.Module):
                 f"each of half the size of the one before, got {[list(feature.shape) for feature in features]}."
             )
 
+    def _set_corners(self, align_corners: bool) -> None:
+        if align_corners and not self.align_corners:
+            logging.getLogger(__name__).warning(
+                "the weights are of a network that doubles fields with corners aligned: now this one does, too."
+            )
+        self.align_corners = align_corners
+
     def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
         """The same field on a grid of twice the size, in that grid's voxels."""
-        return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=True)
+        return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=self.align_corners)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
