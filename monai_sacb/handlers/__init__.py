@@ -9,6 +9,7 @@ from .loss_weight_schedule import LossWeightSchedule
 from .pair_journal import PairJournal
 from .pair_metric import PairMetric
 from .pair_saver import PairSaver
+from .process_mean import ProcessMeanLoss
 from .registration_figure import RegistrationFigure
 from .registration_table import RegistrationTable
 from .resources import PairResources
@@ -24,6 +25,7 @@ __all__ = [
     "PairMetric",
     "PairResources",
     "PairSaver",
+    "ProcessMeanLoss",
     "RegistrationFigure",
     "RegistrationTable",
     "StopOnDivergence",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from monai.networks import one_hot
@@ -16,6 +17,7 @@ from monai_sacb.losses.lncc import LNCCLoss
 from monai_sacb.losses.smoothness import GradientPenaltyLoss
 from monai_sacb.losses.warped_dice import WarpedLabelDiceLoss, has_labels
 from monai_sacb.networks.layers import warp
+from monai_sacb.utils import world_size
 
 __all__ = ["RegistrationLoss"]
 
@@ -43,6 +45,9 @@ class RegistrationLoss(nn.Module):
         landmark_weight: weight of the landmark term.
         similarity_key: the entries that the similarity compares, ``"image"``, or ``"anatomy"``: images of one contrast
             that the network does not see, see :py:class:`monai_sacb.transforms.LabelsToImaged`.
+        all_processes: weight the terms of labels and of landmarks, the means over the pairs that have these, such that
+            the mean over the processes of a ``DistributedDataParallel`` training is that over all of their pairs. All
+            processes must then call the loss at every step.
 
     Attributes:
         weights: weight of each term, named ``"similarity"``, ``"label"``, ``"landmarks"`` and ``"regularization"`` or
@@ -69,6 +74,7 @@ class RegistrationLoss(nn.Module):
         landmarks: nn.Module | None = None,
         landmark_weight: float = 0.0,
         similarity_key: str = "image",
+        all_processes: bool = False,
     ) -> None:
         super().__init__()
         if regularization is None:
@@ -104,6 +110,7 @@ class RegistrationLoss(nn.Module):
         if similarity_key not in ("image", "anatomy"):
             raise ValueError(f"similarity_key must be 'image' or 'anatomy', got {similarity_key!r}.")
         self.similarity_key = similarity_key
+        self.all_processes = all_processes
         self.landmarks = LandmarkLoss() if landmarks is None else landmarks
         self.last_terms: dict[str, torch.Tensor] = {}
 
@@ -135,11 +142,35 @@ class RegistrationLoss(nn.Module):
                 terms["label"] = label
         if self.weights["landmarks"] > 0 and "moving_landmarks" in target and "fixed_landmarks" in target:
             terms["landmarks"] = self.landmarks(target["moving_landmarks"], target["fixed_landmarks"], pred)
+        if self.all_processes and world_size() > 1:
+            self._balance(terms, pred, target)
         self.last_terms = {name: value.detach() for name, value in terms.items()}
         loss = self.weights["similarity"] * terms.pop("similarity")
         for name, value in terms.items():
             loss = loss + self.weights[name] * value
         return loss
+
+    def _balance(
+        self, terms: dict[str, torch.Tensor], pred: torch.Tensor, target: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Weight the terms that some pairs lack by how many of this process have them, of those of all processes."""
+        measured = {
+            "label": lambda moving, fixed: has_labels(moving) & has_labels(fixed),
+            "landmarks": lambda moving, fixed: (~(moving + fixed).isnan()).all(2).any(1),
+        }
+        own = {name: 0 for name in measured if self.weights[name] > 0}
+        for name in own:
+            moving, fixed = (target.get(f"{role}_{name}") for role in ("moving", "fixed"))
+            if moving is not None and fixed is not None:
+                own[name] = int(measured[name](moving, fixed).sum())
+        if not own:
+            return
+        every = torch.tensor(list(own.values()), device=pred.device)
+        dist.all_reduce(every)
+        for (name, number), total in zip(own.items(), every.tolist()):
+            if total > 0:
+                value = terms.get(name)
+                terms[name] = 0.0 * pred.sum() if value is None else value * (number * world_size() / total)
 
     def _images(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The warped and the fixed image that are compared, zero outside the masks if they are wanted."""

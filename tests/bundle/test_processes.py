@@ -1,0 +1,145 @@
+# Copyright (c) the monai_sacb contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes give what one gives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from several_processes import run_processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from monai.bundle import ConfigWorkflow
+
+from monai_sacb.networks.nets import SACBNet
+
+Make = Callable[..., ConfigWorkflow]
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = (36, 33)
+FLAT: dict[str, Any] = {"network_def#spatial_dims": 2, "spatial_size": [-1, -1]}
+LABELS = {"labels": {"disc": 1, "ring": 2}}
+# in double precision, two orders of summation stay together for longer than a few steps
+DOUBLE = {
+    "train#trainer#to_kwargs": {"dtype": torch.float64},
+    "validate#evaluator#to_kwargs": {"dtype": torch.float64},
+    "network_def#scaled_matching": True,
+}
+PAIRS = [(4, 5), (5, 6), (6, 4), (5, 4), (6, 5)]
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four subjects to train on, one of them without a label map; five pairs of three others."""
+    folder = tmp_path_factory.mktemp("slices")
+    rows, columns = np.indices(SHAPE)
+    rng = np.random.default_rng(0)
+    subjects = []
+    for i in range(7):
+        distance = np.hypot(rows - 17 - rng.uniform(-3, 3), columns - 16 - rng.uniform(-3, 3))
+        label = np.where(distance < 6, 1, np.where(distance < 11, 2, 0)).astype(np.uint8)
+        image = ndimage.gaussian_filter(np.array([0.05, 1.0, 0.5])[label] + 0.02 * rng.random(SHAPE), 0.7)
+        for name, array in (("image", image.astype(np.float32)), ("label", label)):
+            nib.save(nib.Nifti1Image(array, np.diag([2.0, 3.0, 1.0, 1.0])), folder / f"{name}_{i}.nii.gz")
+        subjects.append({"image": f"image_{i}.nii.gz", "label": f"label_{i}.nii.gz"})
+    del subjects[0]["label"]
+    listed = [{"moving": subjects[m]["image"], "fixed": subjects[f]["image"]} for m, f in PAIRS]
+    content = {"training": subjects[:4], "validation": subjects[4:], "registration_val": listed}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "one_pair.json").write_text(json.dumps({**content, "registration_val": listed[:1]}))
+    return folder
+
+
+@pytest.fixture
+def flat_weights(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pt"
+    torch.save(SACBNet(spatial_dims=2, base_channels=2, num_clusters=3).state_dict(), path)
+    return str(path)
+
+
+def curves(folder: Path, runs: int) -> dict[str, list[float]]:
+    """Every curve that has been written for TensorBoard; by one process in each run."""
+    found: dict[str, list[float]] = {}
+    files = sorted((folder / "tensorboard").iterdir())
+    assert len({file.name.split(".")[-2] for file in files}) == runs
+    for file in files:
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found[tag] = found.get(tag, []) + [event.value for event in events.Scalars(tag)]
+    return found
+
+
+def pairs_of(folder: Path) -> list[list[str]]:
+    """The table of pairs but for the columns that differ from run to run."""
+    with open(folder / "pairs.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    same = [i for i, name in enumerate(header) if name not in ("seconds", "peak_memory_mb")]
+    assert header[2] == "val_dice_before/disc" and rows
+    return [[row[i] for i in same] for row in rows]
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_training_equals_that_of_one_process(workflow: Make, slices: Path, tmp_path: Path) -> None:
+    """With pairs without labels, random augmentation, validation, and a training that is stopped and resumed."""
+    options: dict[str, Any] = {
+        **FLAT, **LABELS, **DOUBLE, "dataset_dir": str(slices), "pairs_per_epoch": 7, "label_weight": 1.0, "saved_pairs": 2
+    }  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    network = "$@network_def.double().to(@device)"
+    # the processes have as many pairs each
+    alone = {"output_dir": str(one), "batch_size": 2, "network": network, "pairs_per_epoch": 8}
+    workflow("train", "augment", **{**options, **alone}).run()
+
+    def train(**overrides: Any) -> None:
+        together = {"output_dir": str(two), "network#module": network}
+        flow = workflow("train", "augment", "multi_gpu_train", **{**options, **together, **overrides})
+        flow.run()
+        flow.finalize()
+
+    def first_epoch() -> None:
+        train(max_epochs=1, **{"lr_scheduler#total_iters": 2})
+
+    def second_epoch() -> None:
+        train(resume=True)
+
+    assert run_processes(first_epoch) == [0, 0]
+    assert run_processes(second_epoch) == [0, 0]
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two)]
+    assert states[0]["epoch"] == states[1]["epoch"] == 2
+    assert torch.equal(states[0]["random"]["torch"], states[1]["random"]["torch"])
+    for name, value in states[0]["network"].items():
+        # a bias in front of a norm has a gradient of zero, and moves by rounding alone
+        if not name.endswith("conv.bias"):
+            torch.testing.assert_close(value, states[1]["network"][name], rtol=1e-5, atol=1e-7)
+    best = [torch.load(folder / "model.pt", weights_only=True) for folder in (one, two)]
+    assert best[0].keys() == best[1].keys()
+    expected, curve = curves(one, 1), curves(two, 2)
+    assert curve.keys() == expected.keys() and len(expected["train_loss"]) == 8
+    assert expected["loss_label"][0] > 0.1
+    # the validation of the best weights that ends a training is there once more
+    for name, values in expected.items():
+        places = [0, 2] if name.startswith("val_") else range(len(values))
+        assert [curve[name][i] for i in places] == pytest.approx([values[i] for i in range(len(places))], rel=1e-5), name
+    assert pairs_of(one) == pairs_of(two) and len(pairs_of(one)) == len(PAIRS)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    assert summaries[0] == pytest.approx(summaries[1])
+    written = [[name for name in files_of(folder) if "tensorboard" not in name] for folder in (one, two)]
+    assert written[0] == written[1] and "registered/image_5_to_image_6/warped.nii.gz" in written[0]
