@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
+from .cluster_maps import ClusterMaps
 from .last_epoch_validation import LastEpochValidation
 from .loss_terms import LossTerms
 from .loss_weight_schedule import LossWeightSchedule
@@ -11,12 +12,14 @@ from .pair_metric import PairMetric
 from .pair_saver import PairSaver
 from .process_mean import ProcessMeanLoss
 from .registration_figure import RegistrationFigure
+from .registration_images import RegistrationImages
 from .registration_table import RegistrationTable
 from .resources import PairResources
 from .stop_on_divergence import StopOnDivergence
 
 __all__ = [
     "BestModelSaver",
+    "ClusterMaps",
     "LastEpochValidation",
     "LoadWeights",
     "LossTerms",
@@ -27,6 +30,7 @@ __all__ = [
     "PairSaver",
     "ProcessMeanLoss",
     "RegistrationFigure",
+    "RegistrationImages",
     "RegistrationTable",
     "StopOnDivergence",
     "TrainingCheckpoint",

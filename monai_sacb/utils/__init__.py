@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bundle import bundle_source, find_bundle_root
+from .claims import WorkClaims
 from .errors import first_line, sentence
 from .files import file_digest, replacing
 from .json_files import json_text, write_json
@@ -25,6 +26,7 @@ from .tensors import image_name, is_exported, is_traced, plain_tensor
 from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
+    "WorkClaims",
     "bundle_source",
     "check_count",
     "compare_states",

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from ignite.engine import Events
 from several_processes import run_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -143,3 +144,115 @@ def test_training_equals_that_of_one_process(workflow: Make, slices: Path, tmp_p
     assert summaries[0] == pytest.approx(summaries[1])
     written = [[name for name in files_of(folder) if "tensorboard" not in name] for folder in (one, two)]
     assert written[0] == written[1] and "registered/image_5_to_image_6/warped.nii.gz" in written[0]
+
+
+def test_evaluation_goes_on_in_any_number_of_processes(
+    workflow: Make, slices: Path, flat_weights: str, tmp_path: Path
+) -> None:
+    """One that is stopped in one of three processes, and resumed in two, equals that of one process."""
+    one, several = tmp_path / "one", tmp_path / "several"
+
+    def evaluate(*overlay: str, output_dir: Path, **overrides: Any) -> ConfigWorkflow:
+        flow = workflow(
+            "train", "evaluate", *overlay, **FLAT, **LABELS, **overrides, dataset_dir=str(slices),
+            output_dir=str(output_dir), ckpt_path=flat_weights,
+        )  # fmt: skip
+        flow.run_id = "evaluating"
+        return flow
+
+    evaluate(output_dir=one).run()
+
+    def stopped() -> None:
+        flow = evaluate("multi_gpu_evaluate", output_dir=several)
+        evaluator = flow.parser.get_parsed_content("validate#evaluator")
+        # in front of its second pair, the last of all
+        if os.environ["RANK"] == "1":
+            evaluator.add_event_handler(
+                Events.ITERATION_STARTED(once=2), lambda: os.kill(os.getpid(), signal.SIGKILL)
+            )
+        flow.run()
+
+    def resumed() -> None:
+        flow = evaluate("multi_gpu_evaluate", output_dir=several, resume="true")
+        # all that has been measured, whoever did
+        assert len(flow.parser.get_parsed_content("journal").rows) == len(PAIRS) - 1
+        flow.run()
+        flow.finalize()
+
+    codes = run_processes(stopped, number=3)
+    assert 0 not in codes and codes[1] == -signal.SIGKILL
+    assert files_of(several) == ["pairs.1.jsonl", "pairs.2.jsonl", "pairs.jsonl"]
+    assert run_processes(resumed) == [0, 0]
+    assert pairs_of(several) == pairs_of(one) and len(pairs_of(one)) == len(PAIRS)
+    assert set(files_of(several)) == set(files_of(one))
+
+
+def test_fewer_pairs_than_processes(workflow: Make, slices: Path, flat_weights: str, tmp_path: Path) -> None:
+    def run() -> None:
+        given = {**FLAT, "dataset_dir": str(slices / "one_pair.json"), "ckpt_path": flat_weights}
+        flow = workflow("train", "evaluate", "multi_gpu_evaluate", **given, **LABELS)
+        flow.run_id = "evaluating"
+        flow.run()
+        flow = workflow("inference", "multi_gpu_inference", workflow_type="infer", **given)
+        flow.run_id = "registering"
+        flow.run()
+        flow.finalize()
+
+    assert run_processes(run) == [0, 0]
+    assert len(pairs_of(tmp_path / "output")) == 1
+    assert json.loads((tmp_path / "output" / "summary.json").read_text())["pairs"] == 1
+    assert [path.name for path in (tmp_path / "output" / "registered").iterdir()] == ["image_4_to_image_5"]
+
+
+def test_registering_goes_on(workflow: Make, slices: Path, flat_weights: str, tmp_path: Path) -> None:
+    """What a dead process has done is not done again, and what it has left is."""
+    one, several = tmp_path / "one", tmp_path / "several"
+
+    def register(*overlay: str, output_dir: Path, **overrides: Any) -> ConfigWorkflow:
+        given = {**FLAT, "dataset_dir": str(slices), "ckpt_path": flat_weights, "output_dir": str(output_dir)}
+        flow = workflow("inference", *overlay, workflow_type="infer", **given, **overrides)
+        flow.run_id = "registering"
+        return flow
+
+    register(output_dir=one).run()
+
+    def stopped() -> None:
+        flow = register("multi_gpu_inference", output_dir=several)
+        evaluator = flow.parser.get_parsed_content("evaluator")
+        if os.environ["RANK"] == "1":
+            evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        flow.run()
+        os._exit(3)
+
+    assert run_processes(stopped) == [3, -signal.SIGKILL]
+    folders = sorted(path.name for path in (several / "registered").iterdir())
+    assert folders == ["image_4_to_image_5", "image_6_to_image_4", "image_6_to_image_5"]
+    before = {name: os.stat(several / name).st_mtime_ns for name in files_of(several) if name.endswith(".nii.gz")}
+
+    def resumed() -> None:
+        flow = register("multi_gpu_inference", output_dir=several, resume="true")
+        flow.run()
+        flow.finalize()
+
+    assert run_processes(resumed) == [0, 0]
+    names = files_of(one)
+    assert [name for name in files_of(several) if name != "registered.1.jsonl"] == names
+    for name in (name for name in names if name.endswith(".nii.gz")):
+        assert (several / name).read_bytes() == (one / name).read_bytes()
+        if name in before:
+            assert os.stat(several / name).st_mtime_ns == before[name]
+    # nothing is left to do, in one process either
+    os.remove(several / "registered" / "image_4_to_image_5" / "warped.nii.gz")
+    register(output_dir=several, resume=True).run()
+    assert not (several / "registered" / "image_4_to_image_5" / "warped.nii.gz").exists()
+    register(output_dir=several).run()
+    assert [name for name in files_of(several)] == names
+
+
+@pytest.mark.parametrize("overlay", ["multi_gpu_train", "multi_gpu_evaluate", "multi_gpu_inference"])
+def test_started_without_torchrun(workflow: Make, monkeypatch: pytest.MonkeyPatch, overlay: str) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    base = ["inference"] if "inference" in overlay else ["train", "evaluate"]
+    with pytest.raises(RuntimeError) as caught:
+        workflow(*base, overlay, workflow_type="infer", **{"device": "$monai_sacb.utils.process_device()"})
+    assert "start it by 'torchrun" in str(caught.value.__cause__)
