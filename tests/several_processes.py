@@ -47,9 +47,7 @@ def run_processes(function: Callable[..., None], *arguments: Any, number: int = 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_run, args=(function, rank, number, port, arguments)) for rank in range(number)
-    ]
+    processes = [context.Process(target=_run, args=(function, rank, number, port, arguments)) for rank in range(number)]
     for process in processes:
         process.start()
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 
 from torch.utils.data import Dataset, RandomSampler, Sampler, Subset
 
-from monai_sacb.utils import check_count, process_rank, process_share, world_size
+from monai_sacb.utils import check_count, process_share, world_size
 
 __all__ = ["SharedRandomSampler", "share_dataset"]
 

@@ -150,9 +150,7 @@ class RegistrationLoss(nn.Module):
             loss = loss + self.weights[name] * value
         return loss
 
-    def _balance(
-        self, terms: dict[str, torch.Tensor], pred: torch.Tensor, target: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _balance(self, terms: dict[str, torch.Tensor], pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> None:
         """Weight the terms that some pairs lack by how many of this process have them, of those of all processes."""
         measured = {
             "label": lambda moving, fixed: has_labels(moving) & has_labels(fixed),

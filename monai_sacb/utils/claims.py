@@ -40,7 +40,7 @@ class WorkClaims:
             wait: wait for the process that has it, where there is one.
 
         Yields:
-            whether it is ours. Two names may, once in many millions of pairs, stand for the same byte: that only delays.
+            whether it is ours. That two names stand for the same byte hardly ever happens, and only delays.
         """
         if not has_fcntl:
             yield True

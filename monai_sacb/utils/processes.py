@@ -62,6 +62,15 @@ def process_share(number: int, at_least_one: bool = False) -> list[int]:
     return share or ([number - 1] if at_least_one else [])
 
 
+def _check_started() -> None:
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            "this config is for several processes: start it by 'torchrun --nproc_per_node=N -m monai.bundle run ...' "
+            f"(the environment has no {', '.join(missing)})."
+        )
+
+
 def process_device() -> torch.device:
     """
     The device of this process: the GPU of its number on its machine, or the CPU where there is no GPU.
@@ -69,23 +78,16 @@ def process_device() -> torch.device:
     Raises:
         ValueError: When the process was not started by ``torchrun``, or its machine has fewer GPUs than processes.
     """
-    missing = [name for name in VARIABLES if name not in os.environ]
-    if missing:
-        raise ValueError(
-            "this config is for several processes: start it by 'torchrun --nproc_per_node=N -m monai.bundle run ...' "
-            f"(the environment has no {', '.join(missing)})."
-        )
+    _check_started()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if rank >= number:
-        raise ValueError(
-            f"this machine has {number} GPUs for more processes; start fewer, or give --device \"$torch.device('cpu')\"."
-        )
+        raise ValueError(f"this machine has {number} GPUs for more processes: start as many, or give --device cpu.")
     return torch.device("cuda", rank)
 
 
-def join_processes(device: torch.device) -> None:
+def join_processes(device: str | torch.device) -> None:
     """
     Let the processes that ``torchrun`` has started find each other: by NCCL on GPUs, by gloo on CPUs.
 
@@ -95,8 +97,8 @@ def join_processes(device: torch.device) -> None:
     Raises:
         ValueError: When it was not started by ``torchrun``.
     """
-    # for its error
-    process_device()
+    _check_started()
+    device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not _together():

@@ -7,17 +7,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from several_processes import run_processes
 from synthetic_pair import Pair
 
-from monai_sacb.apps import register, registration
+from monai_sacb.apps import register, registering
+from monai_sacb.apps.pair_outputs import output_folder
+from monai_sacb.apps.pair_reading import PairFiles
+from monai_sacb.apps.registration import request_digest
 from monai_sacb.utils import WorkClaims
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["a", "b", "a-long_name", "gone"]
 
 
@@ -33,37 +40,44 @@ def times(folder: Path) -> dict[str, int]:
     return {name: os.stat(folder / name / "transform.json").st_mtime_ns for name in NAMES[:-1]}
 
 
-def test_a_dead_process_is_replaced(
-    listed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_report: None
-) -> None:
+def test_a_dead_process_is_replaced(listed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes on one list, the first of which is killed in the middle of the first pair."""
     out = tmp_path / "out"
-    page = registration.write_report
 
-    def dies(folder: Path, checks: object) -> None:
-        if os.environ["RANK"] == "0":
-            # everything but the report has been written, and another one waits for this pair
-            time.sleep(1.0)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def register_files(files: PairFiles, folder: Path, options: Any, setting: Any) -> SimpleNamespace:
+        if files.fixed.endswith("missing.nii"):
+            raise FileNotFoundError(2, "No such file", files.fixed)
+        metrics: dict[str, Any] = {"verdict": "good", "reasons": [], "similarity": {"before": 0.1, "after": 0.5}}
+        metrics["folds_percent"] = 0.0
+        with output_folder(folder) as temporary:
+            if os.environ["RANK"] == "0":
+                (tmp_path / "begun").touch()
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+            (temporary / "metrics.json").write_text(json.dumps(metrics))
+            sidecar = {"files": {}, "request_sha256": request_digest(files, options, setting)}
+            (temporary / "transform.json").write_text(json.dumps(sidecar))
         with open(tmp_path / "done.txt", "a") as file:
-            file.write(f"{folder.name[1:-9]}\n")
-        page(folder, checks)
+            file.write(f"{folder.name}\n")
+        return SimpleNamespace(metrics=metrics)
 
-    monkeypatch.setattr(registration, "write_report", dies)
+    monkeypatch.setattr(registering, "register_files", register_files)
 
     def work() -> None:
-        if os.environ["RANK"] == "1":
-            while not list(out.glob(".a-????????")):
-                time.sleep(0.01)
+        while os.environ["RANK"] == "1" and not (tmp_path / "begun").exists():
+            time.sleep(0.01)
         result = register(**listed)
         assert [row["output"] for row in result] == NAMES
-        assert [row["verdict"] == "error" for row in result] == [False, False, False, True]
+        assert [row["verdict"] for row in result] == ["good"] * 3 + ["error"]
 
     assert run_processes(work) == [-signal.SIGKILL, 0]
-    assert sorted((tmp_path / "done.txt").read_text().split()) == sorted(NAMES[:-1])
+    # the first pair was left for last
+    assert (tmp_path / "done.txt").read_text().split() == [*NAMES[1:-1], NAMES[0]]
     # nor is anything left of the dead one's
     assert {path.name for path in out.iterdir()} == {*NAMES[:-1], ".pairs.lock", "pairs.csv"}
     before, table = times(out), (out / "pairs.csv").read_bytes()
-    monkeypatch.setattr(registration, "write_report", page)
+    assert table.count(b"good") == 3
+    monkeypatch.undo()
     register(**listed)
     assert times(out) == before and (out / "pairs.csv").read_bytes() == table
 
@@ -125,3 +139,25 @@ def test_claims(tmp_path: Path) -> None:
         (hold if os.environ["RANK"] == "0" else other)()
 
     assert run_processes(work) == [-signal.SIGKILL, 0]
+
+
+@pytest.mark.slow
+def test_two_commands_one_of_which_is_killed(listed: dict[str, Any], tmp_path: Path) -> None:
+    """The command line, with nothing in the place of anything."""
+    out = tmp_path / "out"
+    options = [f"--{name}={value}" for name, value in listed.items()]
+    command = [sys.executable, "-m", "monai_sacb", "register", *options]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list(out.glob(".a-????????")):
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    os.kill(first.pid, signal.SIGKILL)
+    table, _ = second.communicate(timeout=600)
+    # the missing file of the fourth pair is the only complaint
+    assert first.wait() == -signal.SIGKILL and second.returncode == 2
+    assert table.count("\n") == 1 + len(NAMES) and table.count("error") == 1
+    assert {path.name for path in out.iterdir()} == {*NAMES[:-1], ".pairs.lock", "pairs.csv"}
+    before = times(out)
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 2
+    assert times(out) == before

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from monai.networks.nets import LocalNet
-
 from monai_sacb.networks import ClusterRecorder, cluster_labels
 from monai_sacb.networks.nets import SACBNet
 
@@ -42,7 +40,8 @@ def test_labels_are_those_of_the_clusterers(shape: tuple[int, ...], wrapped: boo
                 place = [int(torch.randint(size, (), generator=generator)) for size in shape]
                 expected = labels[(slice(None), *[p // step for p in place])] + 1
                 assert torch.equal(found[(slice(None), channel, *place)].long(), expected)
-        assert found[:, channel].min() == 1 and found[:, channel].max() == level
+            # some of few voxels may be nobody's
+            assert 1 == found[:, channel].min() < found[:, channel].max() <= level
     assert not any(estimator.sacb.clusterer._forward_hooks for estimator in net.estimators)
 
 
@@ -68,9 +67,9 @@ def test_the_field_is_the_same() -> None:
 
 
 def test_ill_formed() -> None:
-    other = LocalNet(2, 2, 4, 2, extract_levels=[0])
+    other = nn.Conv2d(2, 2, 3, padding=1)
     assert not ClusterRecorder.fits(other)
-    with pytest.raises(ValueError, match="got LocalNet with 0"):
+    with pytest.raises(ValueError, match="got Conv2d with 0"):
         cluster_labels(other, torch.rand(1, 2, 32, 32))
     with pytest.raises(ValueError, match="no clusters have been recorded"):
         ClusterRecorder(SACBNet(spatial_dims=2)).maps((32, 32))
