@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from matplotlib.image import imread
 from scipy import ndimage
 from several_processes import run_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,6 +84,18 @@ def curves(folder: Path, runs: int) -> dict[str, list[float]]:
         events = EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
             found[tag] = found.get(tag, []) + [event.value for event in events.Scalars(tag)]
+    return found
+
+
+def pictures(folder: Path) -> dict[str, dict[int, float]]:
+    """How much there is to see on every picture for TensorBoard, by name and number."""
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted((folder / "tensorboard").iterdir()):
+        events = EventAccumulator(str(file), size_guidance={"images": 0}).Reload()
+        for tag in events.Tags()["images"]:
+            images = [imread(BytesIO(event.encoded_image_string)) for event in events.Images(tag)]
+            kept = found.setdefault(tag, {})
+            kept.update({len(kept) + i: float(image.std()) for i, image in enumerate(images)})
     return found
 
 
@@ -148,6 +162,9 @@ def test_training_equals_that_of_one_process(workflow: Make, slices: Path, tmp_p
         places = [0, 2] if name.startswith("val_") else range(len(values))
         found = [curve[name][i] for i in places]
         assert found == pytest.approx(values[: len(found)], rel=1e-5), name
+    shown = pictures(one)
+    assert shown.keys() == pictures(two).keys() == {"registration", "clusters"}
+    assert all(len(steps) == 3 and min(steps.values()) > 0.1 for steps in shown.values())
     assert pairs_of(one) == pairs_of(two) and len(pairs_of(one)) == len(PAIRS)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     assert summaries[0] == pytest.approx(summaries[1])
