@@ -151,10 +151,10 @@ class PairJournal:
         self._file.flush()
         temporary.replace(self.path)
         if is_writer():
-            for rank, file in self._others().items():
+            for rank, other in self._others().items():
                 if rank >= world_size():
                     # what it held is in this one
-                    file.unlink(missing_ok=True)
+                    other.unlink(missing_ok=True)
 
     def _line(self, row: Mapping[str, Any]) -> str:
         values = {name: [_encoded(value) for value in column] for name, column in row["values"].items()}

@@ -13,7 +13,6 @@ from torch import nn
 
 from monai.engines import Workflow
 from monai.engines.utils import IterationEvents
-from monai.utils.enums import CommonKeys
 
 from monai_sacb.handlers.pair_metric import pair_items
 from monai_sacb.networks import ClusterRecorder
@@ -89,8 +88,8 @@ class RegistrationImages:
         moving, fixed, warped = (item[key][0].cpu() for key in ("moving_image", "fixed_image", self.warped_key))
         figures = {"registration": plot_registration(moving, fixed, warped, item[self.ddf_key], title)}
         if self.recorder is not None:
-            maps = [maps[0] for maps in self.recorder.maps(item[CommonKeys.IMAGE].shape[1:])]
-            figures["clusters"] = plot_clusters(moving, fixed, *maps, title)
+            moving_maps, fixed_maps = self.recorder.maps(fixed.shape)
+            figures["clusters"] = plot_clusters(moving, fixed, moving_maps[0], fixed_maps[0], title)
         for name, figure in figures.items():
             self._writer.add_image(name, _pixels(figure), engine.state.epoch, dataformats="HWC")
         self._writer.flush()

@@ -58,7 +58,10 @@ class SaveClusterMapsd(Transform):
             for level, labels in zip(CLUSTER_LEVELS, plain_tensor(data[key]).cpu()):
                 warped = role == "moving" and level < max(CLUSTER_LEVELS)
                 reference_key = self.moving_key if role == "moving" and not warped else self.fixed_key
-                entries = {"labels": with_geometry(labels[None], data[reference_key]), "image": data[reference_key]}
+                entries: dict[Hashable, Any] = {
+                    "labels": with_geometry(labels[None], data[reference_key]),
+                    "image": data[reference_key],
+                }
                 restored = RestoreGridd("labels", "image", mode="nearest")(entries)["labels"]
                 array = restored.numpy().astype(np.uint8 if labels.max() < 256 else np.int16)
                 name = f"{'warped' if warped else role}_clusters_level{level}.nii.gz"

@@ -75,11 +75,12 @@ def test_a_dead_process_is_replaced(listed: dict[str, Any], tmp_path: Path, monk
     assert (tmp_path / "done.txt").read_text().split() == [*NAMES[1:-1], NAMES[0]]
     # nor is anything left of the dead one's
     assert {path.name for path in out.iterdir()} == {*NAMES[:-1], ".pairs.lock", "pairs.csv"}
-    before, table = times(out), (out / "pairs.csv").read_bytes()
-    assert table.count(b"good") == 3
+    before, table = times(out), (out / "pairs.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in table[1:4]] == [[name, "good"] for name in NAMES[:-1]]
+    # nothing is left to do; what could not be done is tried again, and fails by itself
     monkeypatch.undo()
     register(**listed)
-    assert times(out) == before and (out / "pairs.csv").read_bytes() == table
+    assert times(out) == before and (out / "pairs.csv").read_text().splitlines()[:4] == table[:4]
 
 
 @pytest.mark.parametrize("change", ["option", "file", "result", "damage"])
