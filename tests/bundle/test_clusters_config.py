@@ -47,4 +47,4 @@ def test_label_volumes_on_the_grids_of_the_files(workflow: Make, weights: str, s
             expected = expected[tuple(slice(i, i + m) for i, m in zip(low, volume.shape))]
         found = np.asarray(nib.as_closest_canonical(volume).dataobj)
         # all voxels, but for those at the border of two clusters in another run
-        assert found.min() == 1 and (found == expected).mean() > 0.99, name
+        assert found.min() >= 1 and (found == expected).mean() > 0.99, name

@@ -204,7 +204,8 @@ def test_evaluation_goes_on_in_any_number_of_processes(
 
     codes = run_processes(stopped, number=3)
     assert 0 not in codes and codes[1] == -signal.SIGKILL
-    assert files_of(several) == ["pairs.1.jsonl", "pairs.2.jsonl", "pairs.jsonl"]
+    journals = ["pairs.1.jsonl", "pairs.2.jsonl", "pairs.jsonl"]
+    assert [name for name in files_of(several) if name.startswith("pairs")] == journals
     assert run_processes(resumed) == [0, 0]
     assert pairs_of(several) == pairs_of(one) and len(pairs_of(one)) == len(PAIRS)
     assert set(files_of(several)) == set(files_of(one))
