@@ -51,7 +51,7 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, arguments in (("python", ""), ("monai-sacb", "-m monai_sacb")):
+    for name, arguments in (("python", ""), ("monai-sacb", "-m monai_sacb"), ("torchrun", "-m torch.distributed.run")):
         script = programs / name
         # not a link: the interpreter finds its virtual environment by its own place
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
@@ -112,4 +112,8 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         "field.nii.gz",
         "my_bundle/configs/train.json",
         "my_bundle/LICENSE",
+        "output_clusters/registered/brain_12_to_brain_13/fixed_clusters_level2.nii.gz",
+        "output_two/model.pt",
+        "output_two/registered.jsonl",
+        "many/brain_13_to_brain_12/report.html",
     } <= made

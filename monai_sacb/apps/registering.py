@@ -5,22 +5,32 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from monai_sacb.apps.pair_reading import PairFiles
 from monai_sacb.apps.planning import plan_registration
-from monai_sacb.apps.registration import RegistrationOptions, RegistrationResult, Setting, register_files
-from monai_sacb.utils import replacing, sentence, subject_names
+from monai_sacb.apps.registration import (
+    RegistrationOptions,
+    RegistrationResult,
+    Setting,
+    register_files,
+    request_digest,
+)
+from monai_sacb.utils import WorkClaims, replacing, sentence, subject_names
 
 __all__ = ["PairsResult", "register"]
 
 logger = logging.getLogger(__name__)
 
 PAIRS_TABLE = "pairs.csv"
+PAIRS_LOCK = ".pairs.lock"
 COLUMNS = tuple(PairFiles.__dataclass_fields__)
 # of the table of many pairs
 TABLE = ("output", "verdict", "similarity_before", "similarity_after", "dice_before", "dice_after", "folds_percent")
@@ -90,44 +100,90 @@ def _read_pairs(path: str) -> list[tuple[str, PairFiles]]:
     return result
 
 
-def _row(name: str, result: RegistrationResult) -> dict[str, Any]:
-    metrics = result.metrics
+def _row(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     dice = metrics.get("dice", {})
     return {
         "output": name,
-        "verdict": result.verdict,
+        "verdict": metrics["verdict"],
         "similarity_before": metrics["similarity"]["before"],
         "similarity_after": metrics["similarity"]["after"],
         "dice_before": dice.get("before", {}).get("mean"),
         "dice_after": dice.get("after", {}).get("mean"),
         "folds_percent": metrics["folds_percent"],
-        "message": " ".join(result.reasons) if result.verdict != "good" else "",
+        "message": " ".join(metrics["reasons"]) if metrics["verdict"] != "good" else "",
     }
 
 
-def _register_pairs(
-    pairs: Sequence[tuple[str, PairFiles]], output_dir: str, options: RegistrationOptions
-) -> PairsResult:
-    setting = Setting(options)
-    rows = PairsResult()
+def _done_row(
+    name: str, files: PairFiles, folder: Path, options: RegistrationOptions, setting: Setting
+) -> dict[str, Any] | None:
+    """The row of a pair whose results are there, whole, and of the same files and options; None if they are not."""
     try:
-        for name, files in pairs:
-            try:
-                rows.append(_row(name, register_files(files, Path(output_dir) / name, options, setting)))
-            except Exception as error:
-                # whatever it is: the others do not depend on this one
-                message = sentence(error)
-                expected = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
-                logger.error(f"{name}: {message}", exc_info=not expected)
-                rows.append({"output": name, "verdict": "error", "message": message})
+        sidecar, metrics = (
+            json.loads((folder / file).read_text(encoding="utf-8")) for file in ("transform.json", "metrics.json")
+        )
+        whole = all((folder / file).is_file() for file in sidecar["files"].values())
+        if whole and sidecar["request_sha256"] == request_digest(files, options, setting):
+            return _row(name, metrics)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        # none, or of something else
+        pass
+    return None
+
+
+def _registered_row(
+    name: str, files: PairFiles, folder: Path, options: RegistrationOptions, setting: Setting
+) -> dict[str, Any]:
+    try:
+        return _row(name, register_files(files, folder, options, setting).metrics)
+    except Exception as error:
+        # whatever it is: the others do not depend on this one
+        message = sentence(error)
+        expected = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
+        logger.error(f"{name}: {message}", exc_info=not expected)
+        return {"output": name, "verdict": "error", "message": message}
+
+
+def _remove_remains(folder: Path) -> None:
+    """Temporary folders of a process that was killed while it had this pair."""
+    name = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}")
+    for parent in (folder.parent, folder):
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if name.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _register_pairs(
+    pairs: Sequence[tuple[str, PairFiles]], output_dir: str, options: RegistrationOptions, resume: bool
+) -> PairsResult:
+    setting, root = Setting(options), Path(output_dir)
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        if not resume:
+            for name, files in pairs:
+                found[name] = _registered_row(name, files, root / name, options, setting)
+            return PairsResult(found.values())
+        claims = WorkClaims(root / PAIRS_LOCK)
+        # what others have in hand comes last: they may not live to finish it
+        for wait in (False, True):
+            for name, files in pairs:
+                if name in found:
+                    continue
+                with claims.claim(name, wait) as ours:
+                    if ours:
+                        row = _done_row(name, files, root / name, options, setting)
+                        if row is None:
+                            _remove_remains(root / name)
+                            row = _registered_row(name, files, root / name, options, setting)
+                        found[name] = row
+        return PairsResult(found[name] for name, _ in pairs)
     finally:
         # of those that are done, also when it was interrupted
-        if rows:
+        if found:
             with replacing(Path(output_dir) / PAIRS_TABLE) as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, [*TABLE, "message"])
                 writer.writeheader()
-                writer.writerows(rows)
-    return rows
+                writer.writerows(found[name] for name, _ in pairs if name in found)
 
 
 def _expanded(path: str | os.PathLike[str] | None) -> str | None:
@@ -154,6 +210,7 @@ def register(
     num_threads: int | None = None,
     device: str | None = None,
     dry_run: bool = False,
+    resume: bool = False,
 ) -> RegistrationResult | PairsResult | dict[str, Any]:
     """
     Register two images as they come: find where each place of the fixed image lies in the moving image.
@@ -185,6 +242,8 @@ def register(
         num_threads: threads to use.
         device: such as cpu or cuda:0; the first GPU by default, if there is one.
         dry_run: check the files and say what would be done, in what time and memory; write nothing.
+        resume: of a list of pairs, register those that have no results yet of the same files and options. Several
+            processes may be started on one list and one output_dir: each takes what no other has in hand.
 
     Returns:
         the result of the pair; a row for each pair of a list; or the plan.
@@ -219,7 +278,9 @@ def register(
         if dry_run:
             setting = Setting(options)
             return {name: plan_registration(files, Path(output_dir) / name, options, setting) for name, files in listed}
-        return _register_pairs(listed, output_dir, options)
+        return _register_pairs(listed, output_dir, options, resume)
+    if resume:
+        raise ValueError("resume goes with a list of pairs.")
     if own[0] is None or own[1] is None:
         raise ValueError("register needs a fixed and a moving image, or pairs.")
     files = PairFiles(own[0], own[1], *own[2:])

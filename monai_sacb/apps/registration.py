@@ -27,15 +27,16 @@ from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, output_folder, w
 from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
 from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_registration
 from monai_sacb.apps.working_pair import WorkingPair
+from monai_sacb.data.disk_cache import file_hashing
 from monai_sacb.data.spatial_mapping import SpatialMapping
 from monai_sacb.networks import find_model
 from monai_sacb.networks.layers import warp
 from monai_sacb.networks.pretrained import RegistrationModel
-from monai_sacb.utils import first_line, peak_memory_mb, write_json
+from monai_sacb.utils import first_line, peak_memory_mb, settings_digest, write_json
 from monai_sacb.version import __version__
 from monai_sacb.visualize.report import write_report
 
-__all__ = ["RegistrationOptions", "RegistrationResult", "register_files"]
+__all__ = ["RegistrationOptions", "RegistrationResult", "register_files", "request_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +217,30 @@ def _numbers(pair: WorkingPair, ddf: torch.Tensor, outputs: Outputs, moving: Sub
     return {**metrics, **field_metrics(outputs)}
 
 
+def request_digest(files: PairFiles, options: RegistrationOptions, setting: Setting) -> str:
+    """
+    Hash of whatever decides the result of a registration: the files, their sizes and times, the options, the model.
+
+    Args:
+        files: what belongs to the pair.
+        options: how to register. Threads and device do not count.
+        setting: the model.
+    """
+    given = {**asdict(files), "affine": options.affine if options.affine_source == "given" else None}
+    paths = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    parts = [setting.get(name) for name in ("scale_intensity", "working_grid", "affine_stage", "refinement", "inferer")]
+    choices = (options.affine_source, options.fill, options.keep_dtype, options.seed, setting.refine)
+    numbers = (setting.model.sha256, setting.tolerance, asdict(setting.thresholds), version("monai-sacb"))
+    return settings_digest(file_hashing(paths), choices, numbers, parts)
+
+
 def _sidecar(
     files: PairFiles,
     options: RegistrationOptions,
     setting: Setting,
     pair: WorkingPair,
     written: Mapping[str, str],
+    request: str,
 ) -> dict[str, Any]:
     def absolute(path: str | None) -> str | None:
         return None if path is None else str(Path(path).resolve())
@@ -254,6 +273,7 @@ def _sidecar(
         },
         "files": dict(written),
         "versions": {"monai_sacb": __version__, **versions, "python": platform.python_version()},
+        "request_sha256": request,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -272,6 +292,8 @@ def register_files(
     """
     setting = Setting(options) if setting is None else setting
     target, inputs = Path(output_dir), [*files.paths, options.affine]
+    # of the files as they are read
+    request = request_digest(files, options, setting)
     with _Clock(target.name) as clock, output_folder(target, inputs) as folder, _threads(options.num_threads):
         with clock.stage("reading"):
             given = read_affine(options.affine) if options.affine_source == "given" else None
@@ -291,7 +313,7 @@ def register_files(
             metrics["self_check"] = check_by_itk(outputs, folder, background, setting.tolerance)
             verdict, reasons = judge_registration(metrics, setting.thresholds)
         written |= {"transform_json": "transform.json", "metrics": "metrics.json", "report": "report.html"}
-        write_json(_sidecar(files, options, setting, pair, written), folder / "transform.json")
+        write_json(_sidecar(files, options, setting, pair, written, request), folder / "transform.json")
         metrics = {"verdict": verdict, "reasons": reasons, **metrics}
         metrics |= {
             "thresholds": asdict(setting.thresholds),

@@ -13,6 +13,7 @@ from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, required_entrie
 from .pickle_reader import PickledVolumeReader, read_pickled_arrays
 from .point_files import read_point_set, write_point_set
 from .sample import sample_dataset
+from .sharing import SharedRandomSampler, share_dataset
 from .spatial_mapping import Grid, PhysicalField, SpatialMapping, invert_mapping, resample_volume, sample_volume
 from .transform_files import read_transform, write_transform
 from .volumes import read_label_volume, read_mask_volume, read_volume, write_volume
@@ -24,6 +25,7 @@ __all__ = [
     "PairDataset",
     "PhysicalField",
     "PickledVolumeReader",
+    "SharedRandomSampler",
     "SpatialMapping",
     "atlas_to_subject",
     "collate_pairs",
@@ -48,6 +50,7 @@ __all__ = [
     "resample_volume",
     "sample_dataset",
     "sample_volume",
+    "share_dataset",
     "subject_to_atlas",
     "write_displacement",
     "write_point_set",

@@ -19,7 +19,7 @@ from monai.data.utils import pickle_hashing
 
 from monai_sacb.utils import read_checkpoint, replacing
 
-__all__ = ["DiskCacheDataset"]
+__all__ = ["DiskCacheDataset", "file_hashing"]
 
 # of formats that keep the voxels in a file of another ending
 HEADER_SUFFIXES = (".mhd", ".nhdr", ".hdr", ".img")

@@ -41,7 +41,8 @@ class PairDataset(Dataset):
     ``pair_transform``.
 
     Random transforms are seeded anew for each item from torch's generator, so that a training that is resumed with the
-    state of that generator goes on with the same augmentation.
+    state of that generator goes on with the same augmentation. Several processes that share a training have the same
+    state of it; each then draws for all of them, and takes seeds of its own (see ``process``).
 
     Args:
         data: the subjects, dictionaries of paths with the key ``image`` and, where there are any, ``label`` and others;
@@ -60,6 +61,7 @@ class PairDataset(Dataset):
             :py:class:`DiskCacheDataset`. ``cache_rate`` is then of no effect.
         num_workers: threads that fill the cache.
         progress: whether to show a bar while the cache is filled.
+        process: rank of this process, and number of the processes that share a training.
         required_keys: entries, such as ``label``, that two subjects at least must have: what a training is to use.
 
     Raises:
@@ -79,11 +81,15 @@ class PairDataset(Dataset):
         progress: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
         required_keys: Sequence[str] = (),
+        process: Sequence[int] = (0, 1),
     ) -> None:
         if isinstance(data, Dataset) and (transform is not None or cache_dir is not None):
             raise ValueError("transform and cache_dir belong to the dataset of subjects when data is a dataset.")
         if not isinstance(cache_rate, (int, float)) or not 0 <= cache_rate <= 1:
             raise ValueError(f"cache_rate must be between 0 and 1, got {cache_rate!r}.")
+        if len(process) != 2 or not 0 <= process[0] < process[1]:
+            raise ValueError(f"process must be a rank and the number of processes, got {tuple(process)}.")
+        self.process = tuple(process)
         self.data = data
         num_subjects = self.num_subjects
         if num_subjects == 0:
@@ -198,8 +204,12 @@ class PairDataset(Dataset):
         return moving, fixed + (fixed >= moving)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        for transform in self._random:
-            transform.set_random_state(seed=int(torch.randint(2**31, ())))
+        if self._random:
+            rank, number = self.process
+            # the items of all processes at this step draw one after the other, as those of a batch do
+            seeds = torch.randint(2**31, (number, len(self._random)))[rank]
+            for transform, seed in zip(self._random, seeds.tolist()):
+                transform.set_random_state(seed=seed)
         pair: dict[str, Any] = {"pair_index": index % len(self)}
         for role, subject in zip(("moving", "fixed"), self.pair_indices(index)):
             # shallow copies: the cached tensors are shared by many pairs

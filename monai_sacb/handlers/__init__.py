@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from .checkpoint import BestModelSaver, LoadWeights, TrainingCheckpoint
+from .cluster_maps import ClusterMaps
 from .last_epoch_validation import LastEpochValidation
 from .loss_terms import LossTerms
 from .loss_weight_schedule import LossWeightSchedule
 from .pair_journal import PairJournal
 from .pair_metric import PairMetric
 from .pair_saver import PairSaver
+from .process_mean import ProcessMeanLoss
 from .registration_figure import RegistrationFigure
+from .registration_images import RegistrationImages
 from .registration_table import RegistrationTable
 from .resources import PairResources
 from .stop_on_divergence import StopOnDivergence
 
 __all__ = [
     "BestModelSaver",
+    "ClusterMaps",
     "LastEpochValidation",
     "LoadWeights",
     "LossTerms",
@@ -24,7 +28,9 @@ __all__ = [
     "PairMetric",
     "PairResources",
     "PairSaver",
+    "ProcessMeanLoss",
     "RegistrationFigure",
+    "RegistrationImages",
     "RegistrationTable",
     "StopOnDivergence",
     "TrainingCheckpoint",

@@ -16,7 +16,7 @@ from torch import nn
 
 from monai.engines import Workflow
 
-from monai_sacb.utils import compare_states, not_finite, read_checkpoint, replacing
+from monai_sacb.utils import compare_states, is_writer, not_finite, read_checkpoint, replacing, wait_for_processes
 
 __all__ = ["BestModelSaver", "LoadWeights", "TrainingCheckpoint"]
 
@@ -109,7 +109,8 @@ class LoadWeights:
 
 class BestModelSaver:
     """
-    Keep the weights with the best key metric of an evaluator, as a plain state dict.
+    Keep the weights with the best key metric of an evaluator, as a plain state dict. Of several processes that share a
+    training, the first writes it.
 
     Args:
         path: the file; written to a temporary name and renamed.
@@ -136,7 +137,8 @@ class BestModelSaver:
                     f"the training has diverged: {len(broken)} tensors of the network have NaN or infinite values "
                     f"({', '.join(broken[:3])})."
                 )
-            save_atomically(state, self.path)
+            if is_writer():
+                save_atomically(state, self.path)
             self._saved = best
 
     def restored(self, best: float) -> None:
@@ -170,7 +172,8 @@ class TrainingCheckpoint:
 
     The state is: the network, the optimizer, the schedule, the epoch, the random number generators, and the best metric
     so far. It is written to a temporary name and renamed. Attach it after the handlers that validate and that change
-    the learning rate, whose effect belongs to the epoch.
+    the learning rate, whose effect belongs to the epoch. Of several processes that share a training, the first writes
+    the file and all read it; their random states are the same. They go on when it is written.
 
     Args:
         path: the file of the state.
@@ -215,7 +218,9 @@ class TrainingCheckpoint:
 
     def _epoch_completed(self, engine: Workflow) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
-            save_atomically(self.state_dict(engine), self.path)
+            if is_writer():
+                save_atomically(self.state_dict(engine), self.path)
+            wait_for_processes()
 
     def state_dict(self, engine: Workflow) -> dict[str, Any]:
         """Everything that a later run needs to go on after the engine's current epoch."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 
 import torch
+import torch.distributed as dist
 from ignite.engine import Events
 
 from monai.engines import Workflow
 
 from monai_sacb.losses import RegistrationLoss
+from monai_sacb.utils import world_size
 
 __all__ = ["LossTerms"]
 
@@ -21,7 +23,7 @@ class LossTerms:
     The means become the metrics ``loss_<name>`` of the engine, which MONAI's ``StatsHandler`` and
     ``TensorBoardStatsHandler`` show when they are attached after this handler. A term that was computed for some
     batches only, such as that of the labels, is averaged over them; a term that has a weight but was never computed is
-    reported in the log.
+    reported in the log. Where several processes share a training, the means are those over all of them.
 
     Args:
         loss: the loss.
@@ -48,7 +50,18 @@ class LossTerms:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def _share(self, engine: Workflow) -> None:
+        """Add what the other processes have collected."""
+        names = list(self.loss.weights)
+        sums = torch.tensor([[float(self._sums.get(n, 0)), self._counts.get(n, 0)] for n in names], dtype=torch.float64)
+        sums = sums.to(engine.state.device)
+        dist.all_reduce(sums)
+        self._counts = {name: int(count) for name, (_, count) in zip(names, sums.tolist()) if count > 0}
+        self._sums = {name: value for name, value in zip(names, sums[:, 0]) if name in self._counts}
+
     def _epoch_completed(self, engine: Workflow) -> None:
+        if world_size() > 1:
+            self._share(engine)
         for name, weight in self.loss.weights.items():
             # nothing of an earlier epoch must pass for a value of this one
             engine.state.metrics.pop(f"loss_{name}", None)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -9,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ignite.engine import Events
 from torch.utils.data import Dataset, Subset
+
+from monai.engines import Workflow
+
+from monai_sacb.handlers.pair_metric import pair_items
+from monai_sacb.utils import from_writer, is_writer, pair_names, process_rank, world_size
 
 try:
     import fcntl
@@ -35,10 +42,13 @@ class PairJournal:
     What an evaluation has measured so far, a line of a file for each pair, so that it can go on where it was stopped.
 
     A line is on the disk before the next pair begins. One that was cut off by a kill does not count. While an
-    evaluation writes to the file, another process is refused.
+    evaluation writes to the file, another process is refused. Processes that share the pairs have a file each, with
+    their rank in its name, and go on with what is in all of the files, however many there were before.
+
+    Attached to an engine, it notes which pairs are done, without values.
 
     Args:
-        path: the file. It is removed when the evaluation has been reported.
+        path: the file, of the first process. It is removed when the evaluation has been reported.
         settings: whatever decides the results, by name, such as the weights and the data; anything that JSON can hold.
         resume: whether to go on with what the file holds; if not, it begins anew.
 
@@ -50,31 +60,67 @@ class PairJournal:
     def __init__(
         self, path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, resume: bool = False
     ) -> None:
-        self.path = Path(path)
+        main = Path(path)
+        rank = process_rank()
+        self.path = main if rank == 0 else main.with_name(f"{main.stem}.{rank}{main.suffix}")
+        self._main = main
         # as JSON gives it back
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings or {})))
         self._rows: dict[int, dict[str, Any]] = {}
         self._file: IO[str] | None = None
-        if resume and self.path.is_file():
-            self._read()
+        if resume and is_writer():
+            for file in (main, *self._others().values()):
+                if file.is_file():
+                    self._rows.update(self._read(file))
+        if resume:
+            # all divide the same rest
+            self._rows = from_writer(self._rows)
 
-    def _read(self) -> None:
+    def _others(self) -> dict[int, Path]:
+        """The files of other ranks, perhaps of an earlier run with more of them."""
+        files = self._main.parent.glob(f"{glob.escape(self._main.stem)}.*{self._main.suffix}")
+        ranks = {file.name[len(self._main.stem) + 1 : -len(self._main.suffix)]: file for file in files}
+        return {int(rank): file for rank, file in sorted(ranks.items()) if rank.isdigit()}
+
+    def attach(self, engine: Workflow) -> None:
+        """Note every pair when it is done."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _started(self, engine: Workflow) -> None:
+        self.begin()
+
+    def _iteration_completed(self, engine: Workflow) -> None:
+        rows = []
+        for item in pair_items(engine):
+            moving, fixed = pair_names(item)
+            rows.append({"pair": int(item["pair_index"]), "moving": moving, "fixed": fixed, "values": {}})
+        self.append(rows)
+
+    def _completed(self, engine: Workflow) -> None:
+        self.close()
+
+    def _read(self, path: Path) -> dict[int, dict[str, Any]]:
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             header = dict(json.loads(lines[0])["settings"])
             whole = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
             rows = {int(line["pair"]): line for line in whole}
             for row in rows.values():
                 row["values"] = {name: [_decoded(v) for v in column] for name, column in row["values"].items()}
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"'{self.path}' is not the journal of an evaluation; remove it to begin anew.") from error
+            raise ValueError(f"'{path}' is not the journal of an evaluation; remove it to begin anew.") from error
         differing = [n for n in {**header, **self.settings} if header.get(n) != self.settings.get(n)]
+        if differing and path != self._main:
+            # left over from before the first process began anew
+            return {}
         if differing:
             raise ValueError(
-                f"'{self.path}' was written with other settings ({', '.join(differing)}); evaluate without resume, or "
+                f"'{path}' was written with other settings ({', '.join(differing)}); begin without resume, or "
                 "into another folder."
             )
-        self._rows = rows
+        return rows
 
     def _lock(self, file: IO[str]) -> None:
         if fcntl is None:
@@ -104,6 +150,11 @@ class PairJournal:
         self._file.write("".join(f"{line}\n" for line in lines))
         self._file.flush()
         temporary.replace(self.path)
+        if is_writer():
+            for rank, other in self._others().items():
+                if rank >= world_size():
+                    # what it held is in this one
+                    other.unlink(missing_ok=True)
 
     def _line(self, row: Mapping[str, Any]) -> str:
         values = {name: [_encoded(value) for value in column] for name, column in row["values"].items()}
@@ -128,20 +179,23 @@ class PairJournal:
         """Remove the file: all has been reported."""
         self._rows = {}
         self.path.unlink(missing_ok=True)
+        if is_writer():
+            for file in self._others().values():
+                file.unlink(missing_ok=True)
         self.close()
 
-    def remaining(self, dataset: Dataset) -> Dataset:
+    def remaining(self, dataset: Dataset, at_least_one: bool = True) -> Dataset:
         """
         The pairs of a dataset that have not been measured.
 
         Args:
             dataset: the pairs; the items carry their index under ``pair_index``, as those of
                 :py:class:`monai_sacb.data.PairDataset`.
+            at_least_one: measure the last one once more where all have been, since an engine needs one.
 
         Returns:
-            the dataset itself, or a part of it. An engine needs one pair at least: where all have been measured, the
-            last one is once more.
+            the dataset itself, or a part of it.
         """
         number = len(dataset)  # type: ignore[arg-type]
         left = [index for index in range(number) if index not in self._rows]
-        return dataset if len(left) == number else Subset(dataset, left or [number - 1])
+        return dataset if len(left) == number else Subset(dataset, left or [number - 1] * at_least_one)

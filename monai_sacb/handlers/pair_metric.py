@@ -12,6 +12,8 @@ from monai.engines import Workflow
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 
+from monai_sacb.utils import gather_rows, world_size
+
 __all__ = ["PairMetric", "pair_items", "pair_values"]
 
 
@@ -38,6 +40,7 @@ class PairMetric(IgniteMetricHandler):
 
     A data set without labels, or without true fields, thus needs no other configuration: the metric then does not
     appear among the results. Its details hold one row for each pair of the evaluation, NaN for those passed over.
+    Where several processes share the pairs, all have the results of all pairs, in the order of their ``pair_index``.
 
     Args:
         metric_fn: the metric.
@@ -63,10 +66,12 @@ class PairMetric(IgniteMetricHandler):
         self.keys = tuple(keys)
         self.fallback = fallback
         self.measured: list[bool] = []
+        # by the number of the pair; None where it was passed over
+        self._rows: dict[int, torch.Tensor | None] = {}
 
     def reset(self) -> None:
         """Forget the pairs of the last evaluation."""
-        self.measured = []
+        self.measured, self._rows = [], {}
         super().reset()
 
     def iteration_completed(self, engine: Workflow) -> None:
@@ -77,6 +82,8 @@ class PairMetric(IgniteMetricHandler):
         name, values = str(self._name), pair_values(engine)
         # nothing of an earlier iteration must pass for a value of this one
         values.pop(name, None)
+        indices = [int(item.get("pair_index", len(self._rows) + i)) for i, item in enumerate(items)]
+        self._rows.update(dict.fromkeys(indices))
         items = [item for item, can in zip(items, measurable) if can]
         if items:
             first, *others = ([item[key] for item in items] for key in self.keys)
@@ -86,12 +93,27 @@ class PairMetric(IgniteMetricHandler):
             rows = measured.new_full((len(measurable), *measured.shape[1:]), torch.nan)
             rows[torch.tensor(measurable, device=rows.device)] = measured
             values[name] = rows.flatten(1)
+            self._rows.update({index: row.cpu() for index, row, can in zip(indices, rows, measurable) if can})
+
+    def _share(self) -> None:
+        """Take over what the other processes have measured."""
+        every = gather_rows(self._rows)
+        self.measured = [row is not None for row in every.values()]
+        rows = [row for row in every.values() if row is not None]
+        self.metric_fn.reset()
+        if rows:
+            together = torch.stack(rows)
+            self.metric_fn.extend(together)
+            # what every process has must not be gathered once more
+            self.metric_fn._synced_tensors, self.metric_fn._synced = [together], True
 
     def completed(self, engine: Workflow, name: str) -> None:
         """Write the result to the engine's metrics, if there is one."""
         # nothing of an earlier evaluation must pass for a result of this one
         engine.state.metrics.pop(name, None)
         engine.state.metric_details.pop(name, None)
+        if world_size() > 1:
+            self._share()
         if any(self.measured):
             super().completed(engine, name)
             if self.save_details and not all(self.measured):

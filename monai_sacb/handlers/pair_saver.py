@@ -9,13 +9,15 @@ from ignite.engine import Events
 from monai.engines import Workflow
 
 from monai_sacb.handlers.pair_metric import pair_items
+from monai_sacb.utils import process_rank, world_size
 
 __all__ = ["PairSaver"]
 
 
 class PairSaver:
     """
-    Pass the first pairs of an evaluation to a transform that writes them.
+    Pass the first pairs of an evaluation to a transform that writes them. Of several processes that share the pairs,
+    each writes its own.
 
     Args:
         transform: takes the entries of one pair, of the batch and of the results, such as a ``Compose`` that ends in
@@ -38,6 +40,7 @@ class PairSaver:
 
     def _iteration_completed(self, engine: Workflow) -> None:
         for item in pair_items(engine):
-            if self.max_pairs is None or self._num_saved < self.max_pairs:
+            place = self._num_saved * world_size() + process_rank()
+            if self.max_pairs is None or place < self.max_pairs:
                 self.transform(item)
                 self._num_saved += 1

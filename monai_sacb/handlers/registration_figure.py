@@ -11,7 +11,7 @@ from ignite.engine import Events
 from monai.engines import Workflow
 
 from monai_sacb.handlers.pair_metric import pair_items
-from monai_sacb.utils import pair_names, replacing
+from monai_sacb.utils import is_writer, pair_names, replacing
 from monai_sacb.visualize import plot_registration
 
 __all__ = ["RegistrationFigure"]
@@ -49,7 +49,7 @@ class RegistrationFigure:
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _iteration_completed(self, engine: Workflow) -> None:
-        if engine.state.iteration == 1:
+        if engine.state.iteration == 1 and is_writer():
             self._item = pair_items(engine)[0]
 
     def _completed(self, engine: Workflow) -> None:

@@ -19,7 +19,7 @@ from monai.engines import Workflow
 from monai_sacb.handlers.pair_journal import PairJournal
 from monai_sacb.handlers.pair_metric import pair_items, pair_values
 from monai_sacb.metrics import bootstrap_interval, lowest_mean
-from monai_sacb.utils import pair_names, replacing
+from monai_sacb.utils import gather_rows, is_writer, pair_names, replacing, wait_for_processes, world_size
 from monai_sacb.visualize import plot_structures
 
 __all__ = ["RegistrationTable"]
@@ -46,7 +46,8 @@ class RegistrationTable:
 
     Writes ``pairs.csv`` (a row for each pair, a column for each metric and structure), ``structures.csv`` (a row for
     each structure) and ``summary.json`` (means over the pairs) from what :py:class:`monai_sacb.handlers.PairMetric`
-    measures; and where it is asked for, ``structures.png`` with a box for each structure before and after.
+    measures; and where it is asked for, ``structures.png`` with a box for each structure before and after. Of several
+    processes that share the pairs, the first reports those of all.
 
     Args:
         output_dir: folder of the files.
@@ -176,6 +177,16 @@ class RegistrationTable:
 
     def _completed(self, engine: Workflow) -> None:
         rows = self._rows if self.journal is None else self.journal.rows
+        if world_size() > 1:
+            rows = list(gather_rows({row["pair"]: row for row in rows}).values())
+        if is_writer():
+            self._report(rows)
+        if self.journal is not None:
+            # when all is on the disk
+            wait_for_processes()
+            self.journal.remove()
+
+    def _report(self, rows: Sequence[Mapping[str, Any]]) -> None:
         tables = self._tables(rows)
         columns = self._columns(tables)
         pairs = [(row["moving"], row["fixed"]) for row in rows]
@@ -197,8 +208,6 @@ class RegistrationTable:
             before, after = (tables[name] for name in self.plot)
             with replacing(self.output_dir / "structures.png") as path:
                 plot_structures(before, after, self.label_names, self.plot[1]).savefig(path, dpi=120)
-        if self.journal is not None:
-            self.journal.remove()
 
     def _summary(
         self, columns: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]]

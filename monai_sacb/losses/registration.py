@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from monai.networks import one_hot
@@ -17,6 +18,7 @@ from monai_sacb.losses.lncc import LNCCLoss
 from monai_sacb.losses.smoothness import GradientPenaltyLoss
 from monai_sacb.losses.warped_dice import WarpedLabelDiceLoss, has_labels
 from monai_sacb.networks.layers import warp
+from monai_sacb.utils import world_size
 
 __all__ = ["RegistrationLoss"]
 
@@ -48,6 +50,9 @@ class RegistrationLoss(nn.Module):
             :py:class:`InverseConsistencyLoss`.
         inverse_consistency_weight: weight of the term that makes the fields of both directions inverse to each other,
             which needs batches of :py:class:`monai_sacb.engines.PrepareRegistrationBatch` with ``symmetric=True``.
+        all_processes: weight the terms of labels and of landmarks, the means over the pairs that have these, such that
+            the mean over the processes of a ``DistributedDataParallel`` training is that over all of their pairs. All
+            processes must then call the loss at every step.
 
     Attributes:
         weights: weight of each term, named ``"similarity"``, ``"label"``, ``"landmarks"``, ``"inverse_consistency"``
@@ -76,6 +81,7 @@ class RegistrationLoss(nn.Module):
         similarity_key: str = "image",
         inverse_consistency: nn.Module | None = None,
         inverse_consistency_weight: float = 0.0,
+        all_processes: bool = False,
     ) -> None:
         super().__init__()
         if regularization is None:
@@ -112,6 +118,7 @@ class RegistrationLoss(nn.Module):
         if similarity_key not in ("image", "anatomy"):
             raise ValueError(f"similarity_key must be 'image' or 'anatomy', got {similarity_key!r}.")
         self.similarity_key = similarity_key
+        self.all_processes = all_processes
         self.landmarks = LandmarkLoss() if landmarks is None else landmarks
         self.inverse_consistency = InverseConsistencyLoss() if inverse_consistency is None else inverse_consistency
         self.last_terms: dict[str, torch.Tensor] = {}
@@ -147,11 +154,33 @@ class RegistrationLoss(nn.Module):
             terms["landmarks"] = self.landmarks(target["moving_landmarks"], target["fixed_landmarks"], pred)
         if self.weights["inverse_consistency"] > 0:
             terms["inverse_consistency"] = self._consistency_term(pred, target)
+        if self.all_processes and world_size() > 1:
+            self._balance(terms, pred, target)
         self.last_terms = {name: value.detach() for name, value in terms.items()}
         loss = self.weights["similarity"] * terms.pop("similarity")
         for name, value in terms.items():
             loss = loss + self.weights[name] * value
         return loss
+
+    def _balance(self, terms: dict[str, torch.Tensor], pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> None:
+        """Weight the terms that some pairs lack by how many of this process have them, of those of all processes."""
+        measured = {
+            "label": lambda moving, fixed: has_labels(moving) & has_labels(fixed),
+            "landmarks": lambda moving, fixed: (~(moving + fixed).isnan()).all(2).any(1),
+        }
+        own = {name: 0 for name in measured if self.weights[name] > 0}
+        for name in own:
+            moving, fixed = (target.get(f"{role}_{name}") for role in ("moving", "fixed"))
+            if moving is not None and fixed is not None:
+                own[name] = int(measured[name](moving, fixed).sum())
+        if not own:
+            return
+        every = torch.tensor(list(own.values()), device=pred.device)
+        dist.all_reduce(every)
+        for (name, number), total in zip(own.items(), every.tolist()):
+            if total > 0:
+                value = terms.get(name)
+                terms[name] = 0.0 * pred.sum() if value is None else value * (number * world_size() / total)
 
     def _images(self, pred: torch.Tensor, target: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The warped and the fixed image that are compared, zero outside the masks if they are wanted."""

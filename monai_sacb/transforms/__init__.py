@@ -11,6 +11,7 @@ from monai_sacb.data.voxel_fields import (
 
 from .augment import RefuseFieldsd
 from .checks import CheckGridd, CheckPaird, CheckVolumed
+from .cluster_files import SaveClusterMapsd
 from .field_files import LoadDDFd, SaveDDFd
 from .fields import ComposeDDFd, DDFToDisplacementd, InvertDDFd, MaskDDFd
 from .io import LoadVolumed
@@ -62,6 +63,7 @@ __all__ = [
     "RefuseFieldsd",
     "RegisterPaird",
     "RestoreGridd",
+    "SaveClusterMapsd",
     "SaveDDFd",
     "SaveLearn2Regd",
     "SaveRegistrationd",

@@ -13,13 +13,13 @@ __all__ = ["plot_registration"]
 GRID_STEP = 3
 
 
-def _middle(fixed: np.ndarray) -> int:
+def middle_slice(fixed: np.ndarray) -> int:
     """The slice across the last axis through the middle of what is not background."""
     filled = np.flatnonzero((fixed > fixed.min()).any(axis=(0, 1)))
     return int(filled[len(filled) // 2]) if filled.size else fixed.shape[2] // 2
 
 
-def _show(ax: Axes, image: np.ndarray, title: str, **kwargs: object) -> None:
+def show_slice(ax: Axes, image: np.ndarray, title: str, **kwargs: object) -> None:
     ax.imshow(image.T, origin="lower", interpolation="nearest", **kwargs)  # type: ignore[arg-type]
     ax.set_title(title)
     ax.set_axis_off()
@@ -52,7 +52,7 @@ def plot_registration(
     arrays = [x.detach().cpu().float().numpy() for x in (moving, fixed, warped)]
     field = ddf.detach().cpu().float().numpy()
     if fixed.dim() == 3:
-        k = _middle(arrays[1])
+        k = middle_slice(arrays[1])
         arrays = [x[:, :, k] for x in arrays]
         field = field[:2, :, :, k]
     moving_slice, fixed_slice, warped_slice = arrays
@@ -61,12 +61,12 @@ def plot_registration(
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     for ax, image, name in zip(axes[0], (fixed_slice, moving_slice, warped_slice), ("fixed", "moving", "warped")):
-        _show(ax, image, name, cmap="gray", vmin=low, vmax=high)
+        show_slice(ax, image, name, cmap="gray", vmin=low, vmax=high)
     scale = (high - low) / 2
     for ax, image, name in zip(axes[1], (moving_slice, warped_slice), ("moving - fixed", "warped - fixed")):
-        _show(ax, image - fixed_slice, name, cmap="coolwarm", vmin=-scale, vmax=scale)
+        show_slice(ax, image - fixed_slice, name, cmap="coolwarm", vmin=-scale, vmax=scale)
     ax = axes[1, 2]
-    _show(ax, fixed_slice, "deformed grid", cmap="gray", vmin=low, vmax=high, alpha=0.4)
+    show_slice(ax, fixed_slice, "deformed grid", cmap="gray", vmin=low, vmax=high, alpha=0.4)
     # where the lines of the moving image's grid come to lie in the fixed image
     rows, columns = np.meshgrid(*(np.arange(n) for n in fixed_slice.shape), indexing="ij")
     for coordinate, size in zip((rows + field[0], columns + field[1]), fixed_slice.shape):
