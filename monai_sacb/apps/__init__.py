@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from .applying import apply
+from .atlas_segmentation import AtlasSegmentation
 from .bundle_copy import bundle
 from .convert_field import convert
 from .evaluating import evaluate
 from .information import info
+from .label_bundle import label_bundle
 from .registering import register
 from .registration import RegistrationResult
 from .reporting import report
 
 __all__ = [
+    "AtlasSegmentation",
     "RegistrationResult",
     "apply",
     "bundle",
     "convert",
     "evaluate",
     "info",
+    "label_bundle",
     "register",
     "report",
 ]

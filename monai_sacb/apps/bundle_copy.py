@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
-from monai_sacb.utils import bundle_source
+from monai_sacb.utils import bundle_source, new_folder
 
 __all__ = ["bundle"]
 
@@ -27,23 +26,14 @@ def bundle(output_dir: str | os.PathLike[str]) -> str:
     Raises:
         FileExistsError: When the folder exists.
     """
-    target = Path(output_dir)
-    if target.exists():
-        raise FileExistsError(f"'{target}' exists already.")
     source = bundle_source()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with new_folder(output_dir) as folder:
         for part in PARTS:
             path = source / part
             if path.is_dir():
-                shutil.copytree(path, temporary / part, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(path, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
-                shutil.copy2(path, temporary / part)
+                shutil.copy2(path, folder / part)
         # a place for weights, which the zoo's layout has even where none come along
-        (temporary / "models").mkdir(exist_ok=True)
-        temporary.chmod(0o755)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return str(target)
+        (folder / "models").mkdir(exist_ok=True)
+    return str(Path(output_dir))

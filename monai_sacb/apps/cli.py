@@ -23,6 +23,7 @@ from monai_sacb.apps.bundle_copy import bundle
 from monai_sacb.apps.convert_field import convert
 from monai_sacb.apps.evaluating import Evaluation, evaluate
 from monai_sacb.apps.information import info
+from monai_sacb.apps.label_bundle import label_bundle
 from monai_sacb.apps.registering import PairsResult, register
 from monai_sacb.apps.registration import RegistrationResult
 from monai_sacb.apps.reporting import report
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "info": info,
     "bundle": bundle,
+    "label_bundle": label_bundle,
     "convert_dataset": convert_pickled_folder,
 }
 # exit codes
@@ -82,6 +84,7 @@ def _parsed(arguments: Sequence[str]) -> list[str]:
     Refuses what fire would find only after the work is done, or take for something else.
     """
     name, *rest = arguments
+    name = name.replace("-", "_")
     if name not in COMMANDS:
         raise ValueError(f"unknown command '{name}'; there is: {', '.join(COMMANDS)}.")
     parameters = inspect.signature(COMMANDS[name]).parameters
@@ -202,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     try:
         if not arguments or "--help" in arguments or "-h" in arguments:
-            fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS][:1] + ["--help"], name="monai-sacb")
+            commands = [a.replace("-", "_") for a in arguments if a.replace("-", "_") in COMMANDS]
+            fire.Fire(COMMANDS, command=[*commands[:1], "--help"], name="monai-sacb")
             return
         with _surely_interrupted():
             result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)

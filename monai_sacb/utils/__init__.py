@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from .bundle import bundle_source, find_bundle_root
+from .bundle import bundle_source, find_bundle_root, running_bundle
 from .errors import first_line, sentence
-from .files import file_digest, replacing
+from .files import file_digest, new_folder, replacing
 from .json_files import json_text, write_json
 from .numbers import check_count
 from .resources import peak_memory_mb
@@ -24,12 +24,14 @@ __all__ = [
     "is_exported",
     "is_traced",
     "json_text",
+    "new_folder",
     "not_finite",
     "pair_names",
     "peak_memory_mb",
     "plain_tensor",
     "read_checkpoint",
     "replacing",
+    "running_bundle",
     "sentence",
     "settings_digest",
     "subject_name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .feature_pyramid import FeaturePyramidEncoder
+from .identity_field import IdentityField
 from .sacb_net import SACBNet
 
-__all__ = ["FeaturePyramidEncoder", "SACBNet"]
+__all__ = ["FeaturePyramidEncoder", "IdentityField", "SACBNet"]
