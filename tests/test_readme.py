@@ -104,4 +104,6 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         "field.nii.gz",
         "my_bundle/configs/train.json",
         "my_bundle/LICENSE",
+        "brain_atlas/configs/inference.json",
+        "segmented/brain_13_seg.nii.gz",
     } <= made

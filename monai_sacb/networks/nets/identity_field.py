@@ -19,4 +19,4 @@ class IdentityField(nn.Module):
         Returns:
             DDF ``(B, d, *spatial)`` of zeros.
         """
-        return image.new_zeros([image.shape[0], image.dim() - 2, *image.shape[2:]])
+        return image.new_zeros([image.shape[0], image.dim() - 2] + list(image.shape[2:]))
