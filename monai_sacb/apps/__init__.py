@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .applying import apply
+from .atlas_bundle import label_bundle
 from .atlas_segmentation import AtlasSegmentation
 from .bundle_copy import bundle
 from .convert_field import convert
 from .evaluating import evaluate
 from .information import info
-from .label_bundle import label_bundle
 from .registering import register
 from .registration import RegistrationResult
 from .reporting import report

@@ -19,11 +19,11 @@ from typing import Any, get_args, get_type_hints
 import fire
 
 from monai_sacb.apps.applying import apply
+from monai_sacb.apps.atlas_bundle import label_bundle
 from monai_sacb.apps.bundle_copy import bundle
 from monai_sacb.apps.convert_field import convert
 from monai_sacb.apps.evaluating import Evaluation, evaluate
 from monai_sacb.apps.information import info
-from monai_sacb.apps.label_bundle import label_bundle
 from monai_sacb.apps.registering import PairsResult, register
 from monai_sacb.apps.registration import RegistrationResult
 from monai_sacb.apps.reporting import report

@@ -34,7 +34,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 # words by which MONAI Label takes a bundle for a model of another kind
 OTHER_KINDS = ("deepedit", "deepgrow", "detection", "classification")
 # entries of the model's configs that a label bundle takes over
-TAKEN_OVER = ("working_grid", "scale_intensity", "refinement", "affine_stage")
+TAKEN_OVER = ("network_def", "working_grid", "scale_intensity", "refinement", "affine_stage")
 BACKGROUND = "background"
 
 
@@ -111,14 +111,15 @@ def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[s
     """``inference.json``."""
     config: dict[str, Any] = json.loads((TEMPLATES / "label_inference.json").read_text(encoding="utf-8"))
     entries = {name: setting.parser[name] for name in TAKEN_OVER}
-    none = setting.network is None
-    entries["registration_network"] = {"_target_": "IdentityField"} if none else setting.parser["network_def"]
     for name, entry in entries.items():
         if not _self_contained(entry):
             raise ValueError(
                 f"the model '{setting.model.name}' cannot be put into a label bundle: the entry '{name}' of its "
                 "configs refers to others."
             )
+    # of the label bundle, the network is all of it together
+    network = entries.pop("network_def")
+    config["registration_network"] = {"_target_": "IdentityField"} if setting.network is None else network
     config.update(entries)
     if not options["affine"]:
         config["affine_stage"] = None
