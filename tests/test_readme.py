@@ -116,4 +116,6 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         "output_two/model.pt",
         "output_two/registered.jsonl",
         "many/brain_13_to_brain_12/report.html",
+        "brain_atlas/configs/inference.json",
+        "segmented/brain_13_seg.nii.gz",
     } <= made

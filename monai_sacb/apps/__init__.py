@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .applying import apply
+from .atlas_bundle import label_bundle
+from .atlas_segmentation import AtlasSegmentation
 from .bundle_copy import bundle
 from .convert_field import convert
 from .evaluating import evaluate
@@ -13,6 +15,7 @@ from .registration import RegistrationResult
 from .reporting import report
 
 __all__ = [
+    "AtlasSegmentation",
     "RegistrationResult",
     "apply",
     "bundle",
@@ -20,6 +23,7 @@ __all__ = [
     "evaluate",
     "export",
     "info",
+    "label_bundle",
     "register",
     "report",
 ]

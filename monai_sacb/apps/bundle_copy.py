@@ -8,11 +8,10 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 
-from monai_sacb.utils import bundle_source, replacing, write_json
+from monai_sacb.utils import bundle_source, new_folder, replacing, write_json
 from monai_sacb.version import __version__
 
 __all__ = ["bundle"]
@@ -92,24 +91,18 @@ def bundle(output_dir: str | os.PathLike[str], self_contained: bool = False, arc
         if path.exists():
             raise FileExistsError(f"'{path}' exists already.")
     source = bundle_source()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with new_folder(output_dir) as folder:
         for part in PARTS:
             path = source / part
             if path.is_dir():
-                shutil.copytree(path, temporary / part, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(path, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
-                shutil.copy2(path, temporary / part)
+                shutil.copy2(path, folder / part)
         # a place for weights, which the zoo's layout has even where none come along
-        (temporary / "models").mkdir(exist_ok=True)
+        (folder / "models").mkdir(exist_ok=True)
         if self_contained:
-            _add_package(temporary)
+            _add_package(folder)
         if archive:
-            _check_zoo(temporary, name)
-            _write_archive(temporary, name, zipped)
-        temporary.chmod(0o755)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _check_zoo(folder, name)
+            _write_archive(folder, name, zipped)
     return str(zipped if archive else target)

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import fire
 
 from monai_sacb.apps.applying import apply
+from monai_sacb.apps.atlas_bundle import label_bundle
 from monai_sacb.apps.bundle_copy import bundle
 from monai_sacb.apps.convert_field import convert
 from monai_sacb.apps.evaluating import Evaluation, evaluate
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "info": info,
     "bundle": bundle,
     "export": export,
+    "label_bundle": label_bundle,
     "convert_dataset": convert_pickled_folder,
 }
 # exit codes
@@ -84,6 +86,7 @@ def _parsed(arguments: Sequence[str]) -> list[str]:
     Refuses what fire would find only after the work is done, or take for something else.
     """
     name, *rest = arguments
+    name = name.replace("-", "_")
     if name not in COMMANDS:
         raise ValueError(f"unknown command '{name}'; there is: {', '.join(COMMANDS)}.")
     parameters = inspect.signature(COMMANDS[name]).parameters
@@ -204,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     try:
         if not arguments or "--help" in arguments or "-h" in arguments:
-            fire.Fire(COMMANDS, command=[a for a in arguments if a in COMMANDS][:1] + ["--help"], name="monai-sacb")
+            commands = [a.replace("-", "_") for a in arguments if a.replace("-", "_") in COMMANDS]
+            fire.Fire(COMMANDS, command=[*commands[:1], "--help"], name="monai-sacb")
             return
         with _surely_interrupted():
             result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)

@@ -17,7 +17,7 @@ from monai_sacb.data.spatial_mapping import Grid, SpatialMapping
 from monai_sacb.data.transform_files import read_transform
 from monai_sacb.data.volumes import check_overlap, read_label_volume, read_mask_volume, read_volume
 
-__all__ = ["PairFiles", "Subject", "read_affine", "read_pair"]
+__all__ = ["PairFiles", "Subject", "read_affine", "read_pair", "read_subject"]
 
 # of a voxel: what two headers of one grid may differ by
 GRID_TOLERANCE = 0.1
@@ -88,7 +88,20 @@ def _check_same_grid(name: str, path: str, volume: MetaTensor, image_path: str, 
         )
 
 
-def _read_subject(role: str, image: str, label: str | None, points: str | None, mask: str | None) -> Subject:
+def read_subject(
+    role: str, image: str, label: str | None = None, points: str | None = None, mask: str | None = None
+) -> Subject:
+    """
+    Read and check one side of a pair.
+
+    Args:
+        role: what it is, for messages.
+        image, label, points, mask: paths.
+
+    Raises:
+        FileNotFoundError: When a file does not exist.
+        ValueError: When a file cannot be used, or does not lie as the image does.
+    """
     volume = read_volume(image, role)
     grid = Grid.of(volume)
     label_volume = mask_volume = None
@@ -126,8 +139,8 @@ def read_pair(files: PairFiles, affine: torch.Tensor | None = None) -> tuple[Sub
         FileNotFoundError: When a file does not exist.
         ValueError: When a file cannot be used, or the files do not belong together.
     """
-    moving = _read_subject("moving", files.moving, files.moving_label, files.moving_points, files.moving_mask)
-    fixed = _read_subject("fixed", files.fixed, files.fixed_label, files.fixed_points, files.fixed_mask)
+    moving = read_subject("moving", files.moving, files.moving_label, files.moving_points, files.moving_mask)
+    fixed = read_subject("fixed", files.fixed, files.fixed_label, files.fixed_points, files.fixed_mask)
     if moving.points is not None and fixed.points is not None:
         numbers = len(moving.points.positions), len(fixed.points.positions)
         if numbers[0] != numbers[1]:

@@ -179,23 +179,13 @@ def _affine_stage(setting: Setting, options: RegistrationOptions, moving: Subjec
 
 def _find_ddf(setting: Setting, pair: WorkingPair, clock: _Clock) -> torch.Tensor:
     """The DDF ``(3, *grid)`` in voxels of the working grid."""
-    moving, fixed = (image[None].to(setting.device) for image in (pair.moving, pair.fixed))
-    ddf = torch.zeros(1, 3, *pair.grid.shape, device=setting.device)
     with clock.stage("network"):
-        if setting.network is not None:
-            with torch.inference_mode():
-                ddf = setting.get("inferer")(torch.cat([moving, fixed], 1), setting.network)
+        inferer = setting.get("inferer") if setting.network is not None else None
+        ddf = pair.network_ddf(setting.network, inferer, setting.device)
     with clock.stage("refinement"):
         if setting.refine > 0:
-            # masks that hold everywhere would only cost time
-            masks = {
-                f"{role}_mask": mask[None].float().to(setting.device)
-                for role, mask in (("moving", pair.moving_mask), ("fixed", pair.fixed_mask))
-                if not bool(mask.all())
-            }
-            refinement = setting.get("refinement")
-            ddf = refinement(moving, fixed, ddf, iterations=setting.refine, **masks)
-    return ddf[0].float().cpu()
+            ddf = pair.refined_ddf(ddf, setting.get("refinement"), setting.refine)
+    return ddf.float().cpu()
 
 
 def _numbers(pair: WorkingPair, ddf: torch.Tensor, outputs: Outputs, moving: Subject, fixed: Subject) -> dict[str, Any]:

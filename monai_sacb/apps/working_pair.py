@@ -76,6 +76,49 @@ class WorkingPair:
         volume = MetaTensor(mask.to(torch.uint8), affine=grid.affine)
         return plain_tensor(resample_volume(volume, SpatialMapping([affine]), self.grid, mode="nearest")) > 0
 
+    def network_ddf(
+        self,
+        network: Callable[[torch.Tensor], torch.Tensor] | None,
+        inferer: Callable[..., torch.Tensor] | None,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """
+        A network's field.
+
+        Args:
+            network: ``(B, 2, *grid)``, the moving image first, to a DDF; None for no displacement.
+            inferer: ``(inputs, network) -> DDF``.
+            device: where the network is.
+
+        Returns:
+            DDF ``(3, *grid)`` in voxels of the grid, on the device.
+        """
+        if network is None or inferer is None:
+            return torch.zeros(3, *self.grid.shape, device=device)
+        with torch.inference_mode():
+            ddf: torch.Tensor = inferer(torch.cat([self.moving, self.fixed])[None].to(device), network)[0]
+        return ddf
+
+    def refined_ddf(
+        self, ddf: torch.Tensor, refinement: Callable[..., torch.Tensor], iterations: int | None = None
+    ) -> torch.Tensor:
+        """
+        A field after instance optimization, where both images have been measured and their masks hold.
+
+        Args:
+            ddf: ``(3, *grid)`` in voxels of the grid.
+            refinement: such as :py:class:`monai_sacb.inferers.InstanceOptimization`.
+            iterations: its steps; by default its own.
+        """
+        # masks that hold everywhere would only cost time
+        masks = {
+            f"{role}_mask": mask[None].float().to(ddf.device)
+            for role, mask in (("moving", self.moving_mask), ("fixed", self.fixed_mask))
+            if not bool(mask.all())
+        }
+        moving, fixed = (image[None].to(ddf.device) for image in (self.moving, self.fixed))
+        return refinement(moving, fixed, ddf[None], iterations=iterations, **masks)[0]
+
     def displacement(self, ddf: torch.Tensor) -> PhysicalField:
         """A DDF ``(3, *grid.shape)`` in voxels of the grid, as RAS millimetres."""
         matrix = self.grid.affine[:3, :3].float()

@@ -7,7 +7,7 @@ from .convert import convert_pickled_folder
 from .datalist import load_pairs, load_request, load_subjects
 from .disk_cache import DiskCacheDataset
 from .displacement_files import read_displacement, write_displacement
-from .folders import describe_folder
+from .folders import describe_folder, list_volumes
 from .pair_dataset import PairDataset
 from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, required_entries, subject_to_atlas
 from .pickle_reader import PickledVolumeReader, read_pickled_arrays
@@ -32,6 +32,7 @@ __all__ = [
     "convert_pickled_folder",
     "describe_folder",
     "invert_mapping",
+    "list_volumes",
     "load_pairs",
     "load_request",
     "load_subjects",

@@ -1,20 +1,23 @@
 # Copyright (c) the monai_sacb contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of pickled subjects without a ``dataset.json``, in the layout of pre-processed brain data releases."""
+"""Folders of subjects without a ``dataset.json``."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from monai_sacb.data.pickle_reader import PICKLE_SUFFIXES, read_pickled_arrays
 
-__all__ = ["describe_folder"]
+__all__ = ["describe_folder", "list_volumes"]
 
-# what the folder of each list of subjects may be called, in any case
+# what the commands read, in any case
+READABLE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgh", ".mgz")
 # of a folder, to see whether they hold label maps
 CHECKED_FILES = 10
+# what the folder of each list of subjects may be called, in any case
 SECTION_FOLDERS = {
     "training": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -87,3 +90,33 @@ def describe_folder(folder: Path) -> dict[str, Any] | None:
             if section in content:
                 content[name] = [_pair(content["atlas"], subject) for subject in content[section]]
     return content
+
+
+def list_volumes(path: str | os.PathLike[str]) -> list[str]:
+    """
+    The images in a folder, by name; without hidden files and subfolders.
+
+    Args:
+        path: the folder; or one image.
+
+    Raises:
+        FileNotFoundError: When there is no such folder, or no image in it.
+        ValueError: When two images have one name but for the extension: their results would have one name, too.
+    """
+    place = Path(path)
+    if place.is_file():
+        return [str(place)]
+    if not place.is_dir():
+        raise FileNotFoundError(f"folder '{place}' does not exist.")
+    files = sorted(
+        str(file)
+        for file in place.iterdir()
+        if file.is_file() and not file.name.startswith(".") and file.name.lower().endswith(READABLE_SUFFIXES)
+    )
+    if not files:
+        raise FileNotFoundError(f"folder '{place}' has no image ({', '.join(READABLE_SUFFIXES)}).")
+    stems = [Path(file.removesuffix(".gz")).stem for file in files]
+    repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if repeated:
+        raise ValueError(f"folder '{place}' has several images called '{repeated[0]}'.")
+    return files

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from .affine import AffineRegistration, estimate_affine
+from .label_fusion import LabelFusion, fuse_labels
 from .refinement import InstanceOptimization, refine_ddf
 from .registration import RegistrationInferer
 
 __all__ = [
     "AffineRegistration",
     "InstanceOptimization",
+    "LabelFusion",
     "RegistrationInferer",
     "estimate_affine",
+    "fuse_labels",
     "refine_ddf",
 ]

@@ -14,7 +14,7 @@ from .checks import CheckGridd, CheckPaird, CheckVolumed
 from .cluster_files import SaveClusterMapsd
 from .field_files import LoadDDFd, SaveDDFd
 from .fields import ComposeDDFd, DDFToDisplacementd, InvertDDFd, MaskDDFd
-from .io import LoadVolumed
+from .io import LoadVolumed, MetaToResultd, ReadVolumed
 from .labels import CommonLabelsd, SelectLabelsd, number_labels
 from .learn2reg import SaveLearn2Regd
 from .points import LoadPointsd, PointsToVoxelsd, TransformPointsd, read_points, transform_points
@@ -51,6 +51,7 @@ __all__ = [
     "LoadPointsd",
     "LoadVolumed",
     "MaskDDFd",
+    "MetaToResultd",
     "PadPaird",
     "PointsToVoxelsd",
     "RandDiffeomorphism",
@@ -60,6 +61,7 @@ __all__ = [
     "RandKeepLabelsd",
     "RandLabelsToImage",
     "RandLabelsToImaged",
+    "ReadVolumed",
     "RefuseFieldsd",
     "RegisterPaird",
     "RestoreGridd",

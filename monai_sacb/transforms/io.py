@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from nibabel.filebasedimages import ImageFileError
 
 from monai.config import KeysCollection
-from monai.data import ImageReader
-from monai.transforms import LoadImaged
+from monai.data import ImageReader, MetaTensor
+from monai.transforms import LoadImaged, MapTransform
 
 from monai_sacb.data.pickle_reader import PickledVolumeReader
+from monai_sacb.data.volumes import read_volume
 from monai_sacb.utils import first_line
 
-__all__ = ["LoadVolumed"]
+__all__ = ["LoadVolumed", "MetaToResultd", "ReadVolumed"]
 
 # MemoryError and OverflowError: a header that promises more than there is
 _UNREADABLE = (
@@ -66,3 +68,57 @@ class LoadVolumed(LoadImaged):
             except _UNREADABLE as error:
                 raise ValueError(f"cannot read {key} '{data[key]}': {first_line(error)}.") from error
         return loaded
+
+
+class ReadVolumed(MapTransform):
+    """
+    Read images as the commands do, by :py:func:`monai_sacb.data.read_volume`: any file that nibabel or ITK reads or a
+    folder of a DICOM series, checked, as ``(1, D, H, W)``, float32, in the file's axis order, where ITK sees it.
+
+    Args:
+        keys: entries with the path of an image.
+        allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it cannot be used; the message says why.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(data):
+            result[key] = read_volume(data[key], str(key))
+        return result
+
+
+class MetaToResultd(MapTransform):
+    """
+    Move an entry of an image's meta data, JSON, to where MONAI Label looks for what belongs into its answer.
+
+    Args:
+        keys: images; those without the entry are passed over.
+        meta_key: the entry.
+        output_key: a dictionary of the data, made where it is missing, that gets an entry of the same name.
+        allow_missing_keys: whether a key may be absent.
+
+    Raises:
+        ValueError: When the entry is not JSON.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, meta_key: str, output_key: str = "result", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.meta_key = meta_key
+        self.output_key = output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(data):
+            image = data[key]
+            if isinstance(image, MetaTensor) and self.meta_key in image.meta:
+                image = image.clone()
+                content = json.loads(image.meta.pop(self.meta_key))
+                result[key] = image
+                result[self.output_key] = {**result.get(self.output_key, {}), self.meta_key: content}
+        return result

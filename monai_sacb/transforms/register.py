@@ -13,15 +13,11 @@ from monai.transforms import Transform
 
 from monai_sacb.inferers import RegistrationInferer
 from monai_sacb.networks.layers import warp
+from monai_sacb.networks.nets import IdentityField
 from monai_sacb.transforms.common import with_geometry
 from monai_sacb.utils import image_name, plain_tensor
 
 __all__ = ["RegisterPaird"]
-
-
-def identity_field(inputs: torch.Tensor) -> torch.Tensor:
-    """In the place of a network: no displacement, ``(B, d, *spatial)``."""
-    return inputs.new_zeros(len(inputs), inputs.dim() - 2, *inputs.shape[2:])
 
 
 class RegisterPaird(Transform):
@@ -83,7 +79,7 @@ class RegisterPaird(Transform):
         self.device = None if device is None else torch.device(device)
         if isinstance(network, nn.Module) and self.device is not None:
             network = network.to(self.device)
-        self.network = identity_field if network is None else network
+        self.network = IdentityField() if network is None else network
         if inferer is None and network is None:
             inferer = RegistrationInferer(iterations=100)
         self.inferer = RegistrationInferer() if inferer is None else inferer

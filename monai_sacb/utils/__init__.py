@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from .bundle import bundle_source, find_bundle_root
+from .bundle import bundle_source, find_bundle_root, running_bundle
 from .claims import WorkClaims
 from .errors import first_line, sentence
-from .files import file_digest, replacing
+from .files import file_digest, new_folder, replacing
 from .json_files import json_text, write_json
 from .numbers import check_count
 from .processes import (
@@ -41,6 +41,7 @@ __all__ = [
     "is_writer",
     "join_processes",
     "json_text",
+    "new_folder",
     "not_finite",
     "pair_names",
     "peak_memory_mb",
@@ -50,6 +51,7 @@ __all__ = [
     "process_share",
     "read_checkpoint",
     "replacing",
+    "running_bundle",
     "sentence",
     "settings_digest",
     "subject_name",

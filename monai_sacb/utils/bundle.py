@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-__all__ = ["bundle_source", "find_bundle_root"]
+__all__ = ["bundle_source", "find_bundle_root", "running_bundle"]
 
 
 def _is_bundle(folder: str) -> bool:
@@ -36,3 +37,20 @@ def bundle_source() -> Path:
         if (folder / "configs" / "metadata.json").is_file():
             return folder
     raise FileNotFoundError(f"this installation of monai_sacb in '{package}' has no bundle; install it again.")
+
+
+def running_bundle(holding: str) -> str:
+    """
+    The folder of the bundle that is being run, from wherever.
+
+    Args:
+        holding: a file in it, by which it is known.
+
+    Returns:
+        the first folder of Python's search path that is a bundle with this file: MONAI puts that of a bundle there
+        when it runs it; ``"."`` where there is none.
+    """
+    for folder in [*sys.path[1:], *sys.path[:1]]:
+        if folder and _is_bundle(folder) and os.path.isfile(os.path.join(folder, holding)):
+            return folder
+    return "."

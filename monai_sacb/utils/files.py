@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["file_digest", "replacing"]
+__all__ = ["file_digest", "new_folder", "replacing"]
 
 
 @contextmanager
@@ -40,6 +41,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    Give a temporary folder beside a new one to fill, private meanwhile, and rename it once all is written.
+
+    Args:
+        path: the folder, which must not exist. Folders above are made where they are missing.
+
+    Yields:
+        the temporary folder; if anything fails, it is removed.
+
+    Raises:
+        FileExistsError: When there is such a folder or file.
+    """
+    target = Path(path)
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"'{target}' exists already.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from monai_sacb.utils import replacing
+from monai_sacb.utils import new_folder, replacing
 
 NAMES = ["model.pt", "warped.nii.gz", "noextension", ".hidden", "two words.tar.gz"]
 
@@ -115,3 +115,37 @@ def test_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"), replacing(tmp_path / "file" / "state.json"):
         pytest.fail("the block must not run")
+
+
+def test_folder_appears_only_when_the_block_has_ended(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "new"
+    with new_folder(target) as temporary:
+        (temporary / "a.txt").write_text("new")
+        assert temporary.parent == target.parent and not target.exists()
+        # nobody else looks into it meanwhile
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+    assert names(target.parent) == ["new"] and (target / "a.txt").read_text() == "new"
+    (tmp_path / "other").mkdir()
+    assert target.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()], ids=["ValueError", "KeyboardInterrupt"])
+def test_no_folder_on_failure(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), new_folder(tmp_path / "new") as temporary:
+        (temporary / "a.txt").write_text("half")
+        raise error
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
+def test_folder_that_is_there_is_left_alone(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "there"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="there' exists already"), new_folder(target):
+        pytest.fail("nothing should be written")
+    assert names(tmp_path) == ["there"]

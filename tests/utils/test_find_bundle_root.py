@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from monai_sacb.utils import find_bundle_root
+from monai_sacb.utils import find_bundle_root, running_bundle
 
 
 def make_bundle(folder: Path) -> None:
@@ -66,3 +66,18 @@ def test_follows_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_bundle_root() == "bundle"
     monkeypatch.chdir(tmp_path / "two")
     assert find_bundle_root() == "."
+
+
+def test_bundle_that_is_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI puts it behind the first entry of the search path; a bundle without the file is another one."""
+    for name in ("here", "other", "wanted", "older"):
+        make_bundle(tmp_path / name)
+    for name in ("here", "wanted", "older"):
+        (tmp_path / name / "mark.json").write_text("{}")
+    folders = [str(tmp_path / name) for name in ("here", "other", "wanted", "older")]
+    monkeypatch.setattr("sys.path", folders)
+    assert running_bundle("mark.json") == folders[2]
+    monkeypatch.setattr("sys.path", folders[:2])
+    assert running_bundle("mark.json") == folders[0]
+    monkeypatch.setattr("sys.path", ["", folders[1]])
+    assert running_bundle("mark.json") == "."

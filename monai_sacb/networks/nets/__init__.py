@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from .backbone_pyramid import BackbonePyramid, ResNetPyramidEncoder, SegResNetPyramidEncoder, SwinPyramidEncoder
 from .feature_pyramid import FeaturePyramidEncoder
+from .identity_field import IdentityField
 from .sacb_net import SACBNet
 
 __all__ = [
     "BackbonePyramid",
     "FeaturePyramidEncoder",
+    "IdentityField",
     "ResNetPyramidEncoder",
     "SACBNet",
     "SegResNetPyramidEncoder",
