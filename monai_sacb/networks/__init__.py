@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .cluster_maps import ClusterRecorder, cluster_labels
 from .official import load_official_checkpoint
-from .pretrained import available_models, find_model, load_pretrained, stored_base_channels
+from .pretrained import available_models, find_model, load_pretrained, stored_setting
 
 __all__ = [
     "ClusterRecorder",
@@ -13,5 +13,5 @@ __all__ = [
     "find_model",
     "load_official_checkpoint",
     "load_pretrained",
-    "stored_base_channels",
+    "stored_setting",
 ]

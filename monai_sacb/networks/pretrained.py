@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser
 
 from monai_sacb.utils import bundle_source, file_digest, read_checkpoint
 
-__all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained", "stored_base_channels"]
+__all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained", "stored_setting"]
 
 # entries of the configs that a file beside weights may set
 SETTINGS = ("network_def", "working_grid", "refinement", "refine_alone", "refine_after_network", "thresholds")
@@ -194,27 +194,32 @@ def load_pretrained(model: str | os.PathLike[str], device: torch.device | str = 
     return network
 
 
-def stored_base_channels(path: str | os.PathLike[str] | None, default: int) -> int:
+def stored_setting(path: str | os.PathLike[str] | None, name: str, default: int | bool) -> int | bool:
     """
-    The width of the network whose weights a file holds: what ``inference.json`` builds its network with.
+    How the network was built whose weights a file holds: what ``inference.json`` builds its network with.
 
-    So weights of any width can be named there, as those of a training by ``train.json``.
+    So weights of any width and input can be named there, as those of a training by ``train.json``.
 
     Args:
         path: a state dict of :py:class:`monai_sacb.networks.nets.SACBNet`, or the state of a whole training.
-        default: the width where there is no such file, or it holds the weights of another kind of network, which is
+        name: ``"base_channels"`` or ``"self_similarity"``.
+        default: the value where there is no such file, or it holds the weights of another kind of network, which is
             refused with a sentence when they are loaded.
 
     Returns:
-        ``base_channels``.
+        the value of that argument.
 
     Raises:
-        ValueError: When the file is there but cannot be read.
+        ValueError: When there is no such setting, or the file is there but cannot be read.
     """
+    if name not in ("base_channels", "self_similarity"):
+        raise ValueError(f"name must be 'base_channels' or 'self_similarity', got {name!r}.")
     if path is None or not Path(path).is_file():
         return default
     state = read_checkpoint(path)
     if isinstance(state, Mapping) and isinstance(state.get("network"), Mapping):
         state = state["network"]
     first = state.get(FIRST_WEIGHT) if isinstance(state, Mapping) else None
-    return int(first.shape[0]) if isinstance(first, torch.Tensor) and first.dim() > 0 else default
+    if not isinstance(first, torch.Tensor) or first.dim() == 0:
+        return default
+    return int(first.shape[0]) if name == "base_channels" else bool(state.get(name, False))

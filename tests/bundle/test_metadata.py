@@ -16,7 +16,7 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
 from monai.bundle import load as load_bundle
 
-from monai_sacb.networks import stored_base_channels
+from monai_sacb.networks import stored_setting
 from monai_sacb.networks.nets import SACBNet
 from monai_sacb.version import __version__
 
@@ -84,7 +84,7 @@ def weights(tmp_path: Path) -> Path:
     """Of the width that ``inference.json`` has where no weights say another."""
     torch.manual_seed(0)
     path = tmp_path / "model.pt"
-    torch.save(SACBNet(base_channels=8).state_dict(), path)
+    torch.save(SACBNet(self_similarity=True).state_dict(), path)
     return path
 
 
@@ -149,14 +149,13 @@ def test_readme_has_the_sections_of_the_template() -> None:
         assert (BUNDLE / "docs" / figure).is_file()
 
 
-def test_width_without_weights() -> None:
+@pytest.mark.parametrize("name", ["base_channels", "self_similarity"])
+def test_network_without_weights(name: str) -> None:
     """Programs that build the network before they know where the weights are build that of the bundle's own."""
     path = BUNDLE / "models" / "model.pt"
-    if not path.is_file():
-        pytest.skip("the bundle has no models/model.pt")
-    assert json.loads((BUNDLE / "configs" / "inference.json").read_text())["network_def"]["base_channels"].endswith(
-        f", {stored_base_channels(path, 0)})"
-    )
+    entry = json.loads((BUNDLE / "configs" / "inference.json").read_text())["network_def"][name]
+    default = ConfigParser({"x": entry.replace("@ckpt_path", "None"), "imports": ["$import monai_sacb"]})
+    assert default.get_parsed_content("x") == stored_setting(path, name, -1)
 
 
 def test_network_input_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,14 +171,13 @@ def test_network_input_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("base_channels", [8, 4])
-def test_export_to_torchscript(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_same_field, base_channels: int
-) -> None:
-    """Weights of another width than the bundle's own are also named as those that the config is for."""
+@pytest.mark.parametrize("own", [True, False])
+def test_export_to_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_same_field, own: bool) -> None:
+    """Weights of another kind than the bundle's own are also named as those that the config is for."""
     monkeypatch.chdir(BUNDLE)
     torch.manual_seed(0)
-    net, path = SACBNet(base_channels=base_channels), str(tmp_path / "model.pt")
+    net = SACBNet(self_similarity=True) if own else SACBNet(base_channels=2)
+    path = str(tmp_path / "model.pt")
     torch.save(net.state_dict(), path)
     ckpt_export(
         net_id="network_def",
@@ -188,7 +186,7 @@ def test_export_to_torchscript(
         meta_file="configs/metadata.json",
         config_file="configs/inference.json",
         key_in_ckpt="",
-        **({} if base_channels == 8 else {"ckpt_path": path}),
+        **({} if own else {"ckpt_path": path}),
     )
     x = torch.rand(1, 2, 33, 40, 36)
     with torch.no_grad():
@@ -205,7 +203,7 @@ def test_load_returns_the_network(weights: Path, tmp_path: Path) -> None:
     net = load_bundle(name="sacb", bundle_dir=str(target.parent), source="monaihosting", workflow_type="inference")
     network = net["model"] if isinstance(net, dict) else net
     x = torch.rand(1, 2, 32, 32, 32)
-    reference = SACBNet(base_channels=8)
+    reference = SACBNet(self_similarity=True)
     reference.load_state_dict(torch.load(target / "models" / "model.pt", weights_only=True))
     with torch.no_grad():
         torch.testing.assert_close(network(x), reference(x))

@@ -14,7 +14,7 @@ from monai_sacb.networks import (
     find_model,
     load_pretrained,
     pretrained,
-    stored_base_channels,
+    stored_setting,
 )
 from monai_sacb.networks.nets import SACBNet
 from monai_sacb.utils import bundle_source, file_digest
@@ -152,7 +152,7 @@ def test_stored_width(tmp_path: Path, width: int) -> None:
     path, state = tmp_path / "x.pt", SACBNet(2, base_channels=width, num_clusters=2).state_dict()
     for content in (state, {"network": state, "epoch": 3}):
         torch.save(content, path)
-        assert stored_base_channels(path, 4) == width
+        assert stored_setting(path, "base_channels", 4) == width
 
 
 @pytest.mark.parametrize("content", [None, {"a": torch.zeros(3)}, [1, 2], torch.nn.Linear(2, 3).state_dict()])
@@ -161,14 +161,26 @@ def test_width_where_none_is_stored(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "x.pt"
     if content is not None:
         torch.save(content, path)
-    assert stored_base_channels(path, 6) == 6
-    assert stored_base_channels(None, 6) == 6
+    assert stored_setting(path, "base_channels", 6) == 6
+    assert stored_setting(None, "base_channels", 6) == 6
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_stored_input(tmp_path: Path, seen: bool) -> None:
+    path, state = tmp_path / "x.pt", SACBNet(2, base_channels=2, num_clusters=2, self_similarity=seen).state_dict()
+    torch.save(state, path)
+    assert stored_setting(path, "self_similarity", not seen) is seen
+    # of a version that had no such setting
+    torch.save({key: value for key, value in state.items() if key != "self_similarity"}, path)
+    assert stored_setting(path, "self_similarity", True) is False
+    with pytest.raises(ValueError, match="name must be 'base_channels' or 'self_similarity', got 'x'"):
+        stored_setting(path, "x", 1)
 
 
 def test_width_of_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("no weights")
     with pytest.raises(ValueError, match=r"x.pt' is not a readable checkpoint"):
-        stored_base_channels(tmp_path / "x.pt", 6)
+        stored_setting(tmp_path / "x.pt", "base_channels", 6)
 
 
 @pytest.mark.parametrize("width", [2, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adaptive_conv import cluster_adaptive_conv
 from .clustering import KMeans, kmeans
+from .descriptor import self_similarity
 from .fields import compose, exponential, invert, reference_grid, unwarp_points, warp, warp_points
 from .norm_act import instance_norm_leaky_relu
 
@@ -16,6 +17,7 @@ __all__ = [
     "invert",
     "kmeans",
     "reference_grid",
+    "self_similarity",
     "unwarp_points",
     "warp",
     "warp_points",

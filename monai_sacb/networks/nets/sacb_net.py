@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from monai.utils import ensure_tuple_rep
 
 from monai_sacb.networks.blocks import ConvFlowEstimator, MatchingFlowEstimator
+from monai_sacb.networks.layers import self_similarity
 from monai_sacb.networks.nets.feature_pyramid import FeaturePyramidEncoder
 from monai_sacb.utils import check_count
 
@@ -79,6 +80,9 @@ class SACBNet(nn.Module):
             does. But the pyramid averages blocks of two voxels, so that a coarse voxel lies between two fine ones:
             ``False`` puts the field there. The setting is part of the state as well; a whole state without it is of
             the paper's network, and weights that put corners on corners again are warned of.
+        self_similarity: let the encoder see how the surroundings of each voxel resemble each other
+            (:py:func:`monai_sacb.networks.layers.self_similarity`, 12 channels, in 2-D 4) instead of the intensities,
+            for images of whatever contrast; the paper does not. The setting is noted in the state.
 
     Raises:
         TypeError: When the encoder is not a module with ``channels``.
@@ -98,7 +102,7 @@ class SACBNet(nn.Module):
 
     """
 
-    optional_state = ("integration_steps", "align_corners")
+    optional_state = ("integration_steps", "align_corners", "self_similarity")
 
     def __init__(
         self,
@@ -113,16 +117,19 @@ class SACBNet(nn.Module):
         integration_steps: int = 7,
         encoder: nn.Module | None = None,
         align_corners: bool = True,
+        self_similarity: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        for name, value in (("diffeomorphic", diffeomorphic), ("align_corners", align_corners)):
+        flags = {"diffeomorphic": diffeomorphic, "align_corners": align_corners, "self_similarity": self_similarity}
+        for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}.")
         check_count("integration_steps", integration_steps)
         if encoder is None:
-            encoder = FeaturePyramidEncoder(spatial_dims, in_channels, base_channels, negative_slope, use_checkpoint)
+            seen = 2 * spatial_dims * (spatial_dims - 1) if self_similarity else in_channels
+            encoder = FeaturePyramidEncoder(spatial_dims, seen, base_channels, negative_slope, use_checkpoint)
         channels, self.divisor = _levels(encoder)
         # ensure_tuple_rep refuses a sequence that is not of one number per level
         clusters = ensure_tuple_rep(num_clusters, len(channels) - 1)
@@ -134,6 +141,7 @@ class SACBNet(nn.Module):
         self.encoder = encoder
         self.feature_channels = channels
         self.align_corners = align_corners
+        self.self_similarity = self_similarity
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
             [
@@ -149,6 +157,7 @@ class SACBNet(nn.Module):
         # no buffers: what decides about operations must be known when they are recorded
         destination[f"{prefix}integration_steps"] = torch.tensor(self.integration_steps)
         destination[f"{prefix}align_corners"] = torch.tensor(self.align_corners)
+        destination[f"{prefix}self_similarity"] = torch.tensor(self.self_similarity)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = {f"{prefix}{name}" for name in self.optional_state}
@@ -223,6 +232,8 @@ class SACBNet(nn.Module):
             x = F.pad(x, padding)
         # instance norm treats every image alone, so both can share one batch
         images = torch.cat([x[:, : self.in_channels], x[:, self.in_channels :]])
+        if self.self_similarity:
+            images = self_similarity(images)
         features = list(self.encoder(images))
         self._check_features(features, images)
         ddf: torch.Tensor | None = None
