@@ -93,7 +93,7 @@ def test_subject_in_another_geometry(geometry: str, task: LabelTask, make_pair: 
     assert min(dice(labels, array(other.fixed_label)).values()) > 0.9
 
 
-def test_subject_that_lies_elsewhere(pair: Pair, make_pair: MakePair, tmp_path: Path) -> None:
+def test_subject_that_lies_elsewhere(pair: Pair, tmp_path: Path) -> None:
     """Turned, shifted out of the atlas's field of view, in other units of intensity: the affine stage finds it."""
     folder = label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, refine=20)
     image = nib.load(pair.fixed)
@@ -106,7 +106,7 @@ def test_subject_that_lies_elsewhere(pair: Pair, make_pair: MakePair, tmp_path: 
     assert dice(labels, array(pair.fixed_label))[3] > 0.85
 
 
-def test_network_is_used(make_pair: MakePair, pair: Pair, tmp_path: Path) -> None:
+def test_network_is_used(pair: Pair, tmp_path: Path) -> None:
     model = "hippocampus_unsupervised"
     folder = label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, model=model, affine=False, refine=0)
     state = torch.load(Path(folder) / "models" / "model.pt", weights_only=True)
@@ -279,7 +279,7 @@ def test_plain_bundle(
     assert written.get_data_dtype() == np.int16
 
 
-def test_network_input_and_output(pair: Pair, quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_input_and_output(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quick)
     verify_net_in_out(
         net_id="network_def",
