@@ -43,6 +43,12 @@ def _mean_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return products.mean(1, dtype=torch.float64).div_(a.shape[2]).to(a.dtype).unsqueeze(1).unsqueeze(1)
 
 
+def _precise_mean(x: torch.Tensor) -> torch.Tensor:
+    """The same of maps ``(B, C, *spatial)``: ``(B, C, 1, ...)``, in operations that ONNX knows."""
+    rest = list(range(2, x.dim() - 1))
+    return x.mean(-1, keepdim=True).mean(rest, keepdim=True, dtype=torch.float64).to(x.dtype)
+
+
 class _InstanceNormLeakyReLU(torch.autograd.Function):
     """Overwrites its input and keeps nothing but its output, from which LeakyReLU is undone in the backward pass."""
 
@@ -94,7 +100,6 @@ def instance_norm_leaky_relu(x: torch.Tensor, negative_slope: float = 0.1, eps: 
             return _InstanceNormLeakyReLU.apply(x, negative_slope, eps)
         if torch.onnx.is_in_onnx_export():
             # its operator of that name needs to know the number of channels, which it loses on the way
-            axes = list(range(2, x.dim()))
-            x = x - x.mean(axes, keepdim=True)
-            return F.leaky_relu(x * (x.square().mean(axes, keepdim=True) + eps).rsqrt(), negative_slope)
+            x = x - _precise_mean(x)
+            return F.leaky_relu(x * (_precise_mean(x.square()) + eps).rsqrt(), negative_slope)
     return F.leaky_relu(F.instance_norm(x, eps=eps), negative_slope)
