@@ -37,6 +37,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, ScaleInte
 from monai_sacb.handlers.checkpoint import load_weights  # noqa: E402
 from monai_sacb.inferers import InstanceOptimization  # noqa: E402
 from monai_sacb.metrics import compute_folds, compute_sdlogj  # noqa: E402
+from monai_sacb.networks import stored_setting  # noqa: E402
 from monai_sacb.networks.layers import warp  # noqa: E402
 from monai_sacb.utils import plain_tensor  # noqa: E402
 
@@ -69,6 +70,7 @@ def mean_dice(warped: torch.Tensor, fixed: torch.Tensor, labels: Sequence[int]) 
 def read_network(weights: str) -> torch.nn.Module:
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / name) for name in ("train.json", "data_oasis.json", "evaluate.json")])
+    parser["network_def#self_similarity"] = stored_setting(weights, "self_similarity", False)
     network: torch.nn.Module = parser.get_parsed_content("network_def").eval()
     load_weights(network, weights)
     return network
