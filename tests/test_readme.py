@@ -40,7 +40,7 @@ def test_install_command_is_the_first_step() -> None:
     """The installation of the two set-up commands; that of the tests is what continuous integration runs."""
     steps = SHELL[0].split(" && ")
     assert steps[:2] == ["python3 -m venv .venv", '.venv/bin/pip install ".[sample]"']
-    assert SHELL[1] == '.venv/bin/pip install ".[sample,test]" && .venv/bin/pytest'
+    assert SHELL[1] == '.venv/bin/pip install ".[sample,test]" && .venv/bin/pytest -n 2 --dist loadfile'
 
 
 @pytest.mark.slow
