@@ -12,7 +12,7 @@ from monai.transforms import Transform
 
 from monai_sacb.networks.cluster_maps import CLUSTER_LEVELS
 from monai_sacb.transforms.common import with_geometry
-from monai_sacb.transforms.save import PairFolders, save_array
+from monai_sacb.transforms.save import PairFolders, save_nifti_volume
 from monai_sacb.transforms.spatial import RestoreGridd
 from monai_sacb.utils import plain_tensor
 
@@ -65,5 +65,5 @@ class SaveClusterMapsd(Transform):
                 restored = RestoreGridd("labels", "image", mode="nearest")(entries)["labels"]
                 array = restored.numpy().astype(np.uint8 if labels.max() < 256 else np.int16)
                 name = f"{'warped' if warped else role}_clusters_level{level}.nii.gz"
-                save_array(array, restored.affine, folder / name)
+                save_nifti_volume(array, restored.affine, folder / name)
         return dict(data)

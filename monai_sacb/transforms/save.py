@@ -20,7 +20,7 @@ from monai_sacb.utils import replacing, subject_name
 __all__ = ["SaveRegistrationd", "save_displacement"]
 
 
-def save_array(array: np.ndarray, affine: torch.Tensor, path: Path) -> None:
+def save_nifti_volume(array: np.ndarray, affine: torch.Tensor, path: Path) -> None:
     # one channel is written as a plain volume, several as the fourth axis
     array = (
         array[0] if array.shape[0] == 1 else np.moveaxis(array.reshape(*array.shape, *[1] * (4 - array.ndim)), 0, -1)
@@ -103,12 +103,12 @@ class SaveRegistrationd(Transform):
             save_displacement(displacement.as_tensor(), displacement.affine, folder / "displacement.nii.gz")
         if self.image_key in data:
             image = data[self.image_key]
-            save_array(image.detach().cpu().numpy(), image.affine, folder / "warped.nii.gz")
+            save_nifti_volume(image.detach().cpu().numpy(), image.affine, folder / "warped.nii.gz")
         if self.label_key in data:
             label = data[self.label_key]
             array = np.rint(label.detach().cpu().numpy()).astype(np.int64)
             if self.label_ids is not None:
                 array = np.array([0, *self.label_ids])[array]
             small = np.uint8 if array.min() >= 0 and array.max() < 256 else np.int32
-            save_array(array.astype(small), label.affine, folder / "warped_label.nii.gz")
+            save_nifti_volume(array.astype(small), label.affine, folder / "warped_label.nii.gz")
         return dict(data)
