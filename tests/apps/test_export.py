@@ -155,11 +155,11 @@ ILL_CASES = [
 def test_ill_arguments(
     weights: str, tmp_path: Path, arguments: dict[str, str], error: type[Exception], message: str
 ) -> None:
-    output = tmp_path / "out" / arguments["output"]
-    output.parent.mkdir()
+    folder = tmp_path / "out"
+    folder.mkdir()
     with pytest.raises(error, match=message):
-        export(arguments.get("model", weights), str(output), arguments.get("size"))
-    assert list(output.parent.rglob("*")) == []
+        export(arguments.get("model", weights), str(folder / arguments["output"]), arguments.get("size"))
+    assert list(folder.rglob("*")) == []
 
 
 def test_without_onnx(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
