@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,65 +64,66 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(bundle: Path, work: Path, log: Path) -> Iterator[str]:
-    """The address of a server with the bundle and the studies in ``work``; it is stopped at the end."""
-    temporary = work / "tmp"
-    temporary.mkdir(mode=0o700)
+def started(arguments: Sequence[str], work: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of MONAI Label, which is stopped at the end, with all that it has started."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "TMPDIR": str(temporary),
+        "TMPDIR": str(work / "tmp"),
         # any other source than the default, which asks the internet at the start
         "MONAI_ZOO_SOURCE": "ngc",
     }
     operators = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, env=environment)
-    command = [sys.executable, "-c", LAUNCH, "without" if operators.returncode else "with"]
-    with open(log, "w", encoding="utf-8") as output:
+    with open(log, "a", encoding="utf-8") as output:
+        # its temporary files are made by names: the folder and the umask keep them private
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, "without" if operators.returncode else "with", *arguments],
+            cwd=work,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            umask=0o077,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+                process.wait(STOP)
+            except subprocess.TimeoutExpired:
+                continue
+            break
 
-        def start(*arguments: str) -> subprocess.Popen[bytes]:
-            # its temporary files are made by names: the folder and the umask keep them private
-            return subprocess.Popen(
-                [*command, *arguments],
-                cwd=work,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                umask=0o077,
-                start_new_session=True,
-            )
 
-        copying = start("apps", "--download", "--name", "monaibundle", "--output", "apps")
-        app = work / "apps" / "monaibundle"
+@contextmanager
+def running_server(bundle: Path, work: Path, log: Path) -> Iterator[str]:
+    """The address of a server with the bundle and the studies in ``work``; it is stopped at the end."""
+    (work / "tmp").mkdir(mode=0o700)
+    app = work / "apps" / "monaibundle"
+    with started(["apps", "--download", "--name", app.name, "--output", "apps"], work, log) as copying:
         if copying.wait(START) != 0 or not app.is_dir():
             raise RuntimeError(f"the app monaibundle could not be copied; see '{log}'.")
-        shutil.copytree(bundle, app / "model" / bundle.name)
-        port = free_port()
-        settings = {"models": bundle.name, "skip_trainers": "true", "sam2": "false"}
-        server = start(
-            *("start_server", "--app", str(app), "--studies", str(work / "studies")),
-            *("--host", "127.0.0.1", "--port", str(port)),
-            *(word for name, value in settings.items() for word in ("--conf", name, value)),
-        )
-        try:
-            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
-            while True:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the server did not start; see '{log}'.")
-                try:
-                    if requests.get(f"{address}/info/", timeout=START).ok:
-                        break
-                except requests.ConnectionError:
-                    time.sleep(0.5)
-            yield address
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
+    shutil.copytree(bundle, app / "model" / bundle.name)
+    port = free_port()
+    arguments = ["start_server", "--app", str(app), "--studies", str(work / "studies")]
+    arguments += ["--host", "127.0.0.1", "--port", str(port)]
+    for name, value in {"models": bundle.name, "skip_trainers": "true", "sam2": "false"}.items():
+        arguments += ["--conf", name, value]
+    with started(arguments, work, log) as server:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
+        while True:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start; see '{log}'.")
             try:
-                server.wait(STOP)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait(STOP)
+                if requests.get(f"{address}/info/", timeout=START).ok:
+                    break
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        yield address
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -188,6 +189,9 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=8)
     parser.add_argument("--log", type=Path, default=Path("label_server.log"))
     options = parser.parse_args()
+    # as an interruption does: the server is stopped, and the folder removed
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit("stopped"))
     groups: dict[str, set[int]] = {}
     if options.groups:
         from register_files import read_groups

@@ -53,6 +53,12 @@ RESENT_AFTER = 0.05
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+def _command(word: str) -> str:
+    """The command that a word is, also with hyphens; any other word as it is."""
+    name = word.replace("-", "_")
+    return name if name in COMMANDS else word
+
+
 def _is_flag(word: str) -> bool:
     return word.startswith("--")
 
@@ -86,7 +92,8 @@ def _parsed(arguments: Sequence[str]) -> list[str]:
     Refuses what fire would find only after the work is done, or take for something else.
     """
     name, *rest = arguments
-    name = name.replace("-", "_")
+    # as options, commands may be written with hyphens
+    name = _command(name)
     if name not in COMMANDS:
         raise ValueError(f"unknown command '{name}'; there is: {', '.join(COMMANDS)}.")
     parameters = inspect.signature(COMMANDS[name]).parameters
@@ -207,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     try:
         if not arguments or "--help" in arguments or "-h" in arguments:
-            commands = [a.replace("-", "_") for a in arguments if a.replace("-", "_") in COMMANDS]
+            commands = [name for name in map(_command, arguments) if name in COMMANDS]
             fire.Fire(COMMANDS, command=[*commands[:1], "--help"], name="monai-sacb")
             return
         with _surely_interrupted():
