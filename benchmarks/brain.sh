@@ -25,4 +25,4 @@ train --config_file "[$files]" --rotation 0.07 --scaling 0.06 --regularization_w
 fine=(--config_file "[$files, '$configs/finetune.json']" --learning_rate 0.0008 --lr_scheduler#total_iters 36
     --init_path "$output/coarse/checkpoint.pt" --output_dir "$output/brain")
 train "${fine[@]}" --crop_size "[64, 80, 64]" --max_epochs 26
-train "${fine[@]}" --max_epochs 34 --resume true
+train "${fine[@]}" --max_epochs 32 --resume true
