@@ -38,7 +38,7 @@ def together(function: Callable[[], Any], number: int, folder: Path) -> list[Any
         wait_for_processes()
 
     assert run_processes(work, number=number) == [0] * number
-    return [torch.load(folder / f"{rank}.pt") for rank in range(number)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
 
 
 class Subjects(Dataset):
