@@ -38,7 +38,7 @@ import requests
 
 ROOT = Path(__file__).resolve().parents[1]
 # seconds
-START, ANSWER, STOP = 300, 3600, 20
+START, ANSWER, STOP = 900, 3600, 20
 # mm, of 32-bit numbers
 ROUNDING = 1e-6
 # torchvision's wheel on PyPI cannot load its operators beside a torch for CPUs; monailabel needs but their names
