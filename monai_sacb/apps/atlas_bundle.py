@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigComponent, ConfigParser
 from monai.data import MetaTensor
 
 from monai_sacb.apps.pair_reading import Subject, read_subject
@@ -111,6 +111,10 @@ def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[s
     """``inference.json``."""
     config: dict[str, Any] = json.loads((TEMPLATES / "label_inference.json").read_text(encoding="utf-8"))
     entries = {name: setting.parser[name] for name in TAKEN_OVER}
+    # what depends on the weights is known now; a parser of its own, since the other has made the network already
+    network_def = ConfigParser(setting.parser.get()).get_parsed_content("network_def", instantiate=False)
+    if isinstance(network_def, ConfigComponent):
+        entries["network_def"] = network_def.get_config()
     for name, entry in entries.items():
         if not _self_contained(entry):
             raise ValueError(

@@ -121,7 +121,7 @@ def with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SACBNet:
     source = tmp_path / "package" / "bundle"
     shutil.copytree(bundle_source(), source, ignore=shutil.ignore_patterns("hippocampus*", "__pycache__"))
     torch.manual_seed(0)
-    net = SACBNet(base_channels=8).eval()
+    net = SACBNet(self_similarity=True).eval()
     torch.save(net.state_dict(), source / "models" / "model.pt")
     monkeypatch.setattr("monai_sacb.apps.bundle_copy.bundle_source", lambda: source)
     return net

@@ -24,6 +24,7 @@ from monai.data import MetaTensor
 
 from monai_sacb.apps import AtlasSegmentation, label_bundle, register
 from monai_sacb.apps.cli import main
+from monai_sacb.networks.nets import SACBNet
 from monai_sacb.utils import bundle_source
 
 IDS = [3, 1021]
@@ -100,7 +101,7 @@ def test_subject_that_lies_elsewhere(pair: Pair, tmp_path: Path) -> None:
     away = np.eye(4)
     away[:3, :3], away[:3, 3] = nib.eulerangles.euler2mat(0.25, 0.1, -0.2), (150.0, -90.0, 40.0)
     values = np.asarray(image.dataobj)
-    nib.save(nib.Nifti1Image(np.where(values > 0, 3000 - 20 * values, 0), away @ image.affine), tmp_path / "far.nii.gz")
+    nib.save(nib.Nifti1Image(np.where(values > 0, 3000 + 20 * values, 0), away @ image.affine), tmp_path / "far.nii.gz")
     labels, written = LabelTask(folder)(tmp_path / "far.nii.gz")
     assert np.allclose(written, nib.load(tmp_path / "far.nii.gz").affine, rtol=1e-6, atol=1e-6)
     assert dice(labels, array(pair.fixed_label))[3] > 0.85
@@ -111,7 +112,7 @@ def test_network_is_used(pair: Pair, tmp_path: Path) -> None:
     folder = label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, model=model, affine=False, refine=0)
     state = torch.load(Path(folder) / "models" / "model.pt", weights_only=True)
     shipped = torch.load(bundle_source() / "models" / f"{model}.pt", weights_only=True)
-    assert state.keys() == {f"network.{key}" for key in shipped} and len(state) > 10
+    assert state.keys() == {f"network.{key}" for key in [*shipped, *SACBNet.optional_state]} and len(state) > 10
     assert all(torch.equal(state[f"network.{key}"], value) for key, value in shipped.items())
     labels, _ = LabelTask(folder)(pair.fixed)
     assert not np.array_equal(labels, array(pair.moving_label))
@@ -433,7 +434,7 @@ def test_nothing_is_left_on_failure(
 
 
 def test_model_that_is_part_of_a_larger_config(pair: Pair, tmp_path: Path) -> None:
-    """A bundle whose network refers to other entries would be torn apart."""
+    """What the network's entry refers to does not come along, so that its values do."""
     other = tmp_path / "other"
     shutil.copytree(bundle_source() / "configs", other / "configs")
     path = other / "configs" / "inference.json"
@@ -442,11 +443,10 @@ def test_model_that_is_part_of_a_larger_config(pair: Pair, tmp_path: Path) -> No
     config["network_def"]["base_channels"] = "@width"
     path.write_text(json.dumps(config))
     (other / "models").mkdir()
-    from monai_sacb.networks.nets import SACBNet
-
     torch.save(SACBNet(base_channels=2).state_dict(), other / "models" / "model.pt")
-    with pytest.raises(ValueError, match="'network_def' of its configs refers to others"):
-        label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, model=str(other))
+    folder = label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, model=str(other))
+    network = json.loads((Path(folder) / "configs" / "inference.json").read_text())["registration_network"]
+    assert (network["base_channels"], network["self_similarity"]) == (2, False)
 
 
 def test_command(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

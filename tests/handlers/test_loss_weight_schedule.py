@@ -9,7 +9,7 @@ from monai_sacb.handlers import LossWeightSchedule
 from monai_sacb.losses import RegistrationLoss
 
 ILL_CASES = [
-    ({"name": "bending"}, r"\['inverse_consistency', 'label', 'landmarks', 'regularization', 'similarity'\], got 'bending'"),
+    ({"name": "bending"}, r"\['inverse_consistency', 'label', 'landmarks', .*\], got 'bending'"),
     ({"milestones": []}, r"finite weights of at least 0, got \[\]"),
     ({"milestones": [(5, 0.0), (5, 1.0)]}, r"growing steps from 1"),
     ({"milestones": [(5, 0.0), (3, 1.0)]}, r"growing steps from 1"),
