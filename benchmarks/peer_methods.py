@@ -257,6 +257,7 @@ class Optimization(Method):
 METHODS: Mapping[str, tuple[type[Method], tuple[Any, ...]]] = {
     "identity": (Identity, ()),
     "syn": (Ants, (SYN,)),
+    "synpreset": (Ants, ({"type_of_transform": "SyN"},)),
     "syncc": (Ants, (SYN_CC,)),
     "greedy": (Greedy, ()),
     "elastix": (Elastix, ()),

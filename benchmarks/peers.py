@@ -4,7 +4,7 @@
 
     pip install antspyx picsl_greedy itk-elastix convexAdam
     python benchmarks/peers.py --dataset_dir DIR --dataset hippocampus --output_dir OUT \\
-        --methods identity syn syncc greedy elastix convexadam \\
+        --methods identity synpreset syn syncc greedy elastix convexadam \\
         --weights sacb=output_hippocampus/model.pt voxelmorph=OUT_VXM/model.pt,benchmarks/voxelmorph.json --refine 50
 
 All methods get the same arrays: those of the bundle's evaluation with the overlay bundle/configs/data_<dataset>.json.
