@@ -151,7 +151,8 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     # ITK's image is the one that has been written
-    ours, itks = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("pair/warped.nii.gz", "warped_by_itk.nii.gz"))
+    names = ("pair/warped.nii.gz", "warped_by_itk.nii.gz")
+    ours, itks = (np.asarray(nib.load(tmp_path / name).dataobj) for name in names)
     assert np.abs(ours - itks).max() < 1e-3 * np.abs(ours).max()
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     pair = "output/registered/brain_12_to_brain_13"
