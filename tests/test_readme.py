@@ -1,39 +1,99 @@
 # Copyright (c) the monai_sacb contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block of the README runs, and what it says comes true."""
+"""Every code block of the README and of the pages beside the bundle runs, and what they say comes true."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 ROOT = Path(__file__).resolve().parents[1]
 HIPPOCAMPUS = ROOT.parent / "shared" / "data" / "Task04_Hippocampus"
 OASIS = ROOT.parent / "shared" / "data" / "oasis_trt20"
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-SHELL = [code.strip() for language, code in BLOCKS if language == "bash"]
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "bundle" / "docs").glob("*.md") if path.stem != "README")]
+BLOCKS = [
+    (page.name, language, code.strip())
+    for page in PAGES
+    for language, code in re.findall(r"```(\w*)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+]
+PYTHON = [(name, code) for name, language, code in BLOCKS if language == "python"]
+# the README's come first: the pages go on from what they have made
+SHELL = [code for _, language, code in BLOCKS if language == "bash"]
+
+
+def anchors(page: Path) -> set[str]:
+    """What one can link to within a page, as GitHub names it."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
 def test_kinds_of_blocks() -> None:
-    assert {language for language, _ in BLOCKS} == {"bash", "python", "text", "json"}
-    assert len(PYTHON) >= 3 and len(SHELL) >= 6
+    assert {language for _, language, _ in BLOCKS} == {"bash", "python", "text", "json"}
+    assert len(PYTHON) >= 8 and len(SHELL) >= 20
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_block(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_links(page: Path) -> None:
+    """They lead to files and headings that are there; those of a page that comes with the bundle stay within it."""
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file() or target.is_dir(), link
+        assert page == PAGES[0] or target.is_relative_to(ROOT / "bundle"), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert len(PAGES) >= 10
+    for page in (*PAGES[1:], ROOT / "bundle" / "docs" / "tutorial.ipynb"):
+        assert f"(bundle/docs/{page.name})" in text, page.name
+
+
+def test_picture_of_the_conventions(tmp_path: Path) -> None:
+    """It can be drawn anew."""
+    draw = runpy.run_path(str(ROOT / "benchmarks" / "conventions_picture.py"))["draw"]
+    draw(str(tmp_path / "drawn.png"))
+    shipped = ROOT / "bundle" / "docs" / "conventions.png"
+    assert 10_000 < shipped.stat().st_size < 200_000
+    drawn, kept = (imread(path) for path in (tmp_path / "drawn.png", shipped))
+    # fonts may differ
+    assert all(abs(a - b) <= 0.1 * b for a, b in zip(drawn.shape[:2], kept.shape[:2]))
+
+
+@pytest.mark.parametrize(("name", "code"), PYTHON, ids=[f"{name}-{i}" for i, (name, _) in enumerate(PYTHON)])
+def test_python_block(name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "sample_dataset" in code:
         pytest.importorskip("nilearn")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, name, "exec"), {})
+
+
+def test_example_of_the_conventions() -> None:
+    """The numbers of its table, by the affine of its code and nothing else."""
+    text = (ROOT / "bundle" / "docs" / "conventions.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (voxels|RAS|LPS)\b[^|]*\|(.*)\|(.*)\|(.*)\|$", text, flags=re.MULTILINE)
+    table = {name: [np.array([float(n) for n in cell.strip(" ()").split(",")]) for cell in row] for name, *row in rows}
+    affine = np.array([[2.0, 0, 0, -10], [0, 2, 0, -20], [0, 0, 2, 4]])
+    assert "[[2.0, 0, 0, -10], [0, 2, 0, -20], [0, 0, 2, 4]" in text and set(table) == {"voxels", "RAS", "LPS"}
+    for place, ras, lps in zip(*(table[name][:2] for name in ("voxels", "RAS", "LPS"))):
+        assert np.array_equal(nib.affines.apply_affine(np.vstack([affine, [0, 0, 0, 1]]), place), ras)
+        assert np.array_equal(ras * [-1, -1, 1], lps)
+    for fixed, partner, displacement in table.values():
+        assert np.array_equal(partner - fixed, displacement) and np.abs(displacement).min() > 0
 
 
 def test_install_command_is_the_first_step() -> None:
@@ -91,6 +151,10 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
             ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    # ITK's image is the one that has been written
+    names = ("pair/warped.nii.gz", "warped_by_itk.nii.gz")
+    ours, itks = (np.asarray(nib.load(tmp_path / name).dataobj) for name in names)
+    assert np.abs(ours - itks).max() < 1e-3 * np.abs(ours).max()
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     pair = "output/registered/brain_12_to_brain_13"
     assert {
