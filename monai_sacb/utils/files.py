@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["file_digest", "new_folder", "replacing"]
+__all__ = ["file_digest", "new_folder", "remove_leftovers", "replacing"]
 
 
 @contextmanager
@@ -41,6 +42,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """
+    Remove the temporary files of :py:func:`replacing` that killed processes have left beside a file.
+
+    Args:
+        path: the file, which no other process may be writing meanwhile.
+    """
+    path = Path(path)
+    stem, dot, extensions = path.name.partition(".")
+    # eight characters of tempfile's own
+    for leftover in path.parent.glob(f".{glob.escape(stem)}-{'[a-z0-9_]' * 8}{glob.escape(dot + extensions)}"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager
