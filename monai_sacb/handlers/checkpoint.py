@@ -225,6 +225,8 @@ class TrainingCheckpoint:
         resume: whether to go on from the file, with the learning rate it remembers. A missing file starts a new
             training, and says so.
         interval: epochs between saves; the last epoch is always saved.
+        summary_writer: TensorBoard's writer of the curves, which keeps values back for minutes; those of the epochs in
+            the state are on the disk before it.
 
     Raises:
         ValueError: When ``interval`` is below 1, or, at the start, the file is not a state of such a training.
@@ -241,6 +243,7 @@ class TrainingCheckpoint:
         best_saver: BestModelSaver | None = None,
         resume: bool = False,
         interval: int = 1,
+        summary_writer: Any = None,
     ) -> None:
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}.")
@@ -253,6 +256,7 @@ class TrainingCheckpoint:
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
         self.best_saver = best_saver
+        self.summary_writer = summary_writer
         self.resume = resume
         self.interval = interval
         self.logger = logging.getLogger(__name__)
@@ -266,6 +270,8 @@ class TrainingCheckpoint:
 
     def _epoch_completed(self, engine: Workflow) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            if self.summary_writer is not None:
+                self.summary_writer.flush()
             if is_writer():
                 previous = self.previous_path if self._newest_is_whole else None
                 save_atomically(self.state_dict(engine), self.path, previous)

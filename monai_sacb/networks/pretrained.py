@@ -94,7 +94,7 @@ def _read_card(weights: Path) -> dict[str, Any]:
         return {}
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
     if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
         raise ValueError(f"'{path}' is not the card of a model: it must be an object, perhaps with 'settings'.")
