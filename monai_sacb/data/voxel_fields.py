@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LEARN2REG_EXTENSIONS = (".nii.gz", ".npz")
-# what the parsers of zip archives, of numpy's headers and of NIfTI raise; RuntimeError: encrypted, or packed unknown ways
+# of the parsers of zip archives, of numpy's headers and of NIfTI; RuntimeError: encrypted, or packed in unknown ways
 _UNREADABLE = (
     OSError,
     EOFError,
