@@ -47,11 +47,11 @@ from monai_sacb.data import (
     read_displacement,
     read_pickled_arrays,
     read_point_set,
-    read_point_table,
     read_transform,
     read_volume,
     write_displacement,
 )
+from monai_sacb.data.point_files import read_point_table
 from monai_sacb.data.spatial_mapping import PhysicalField, SpatialMapping
 from monai_sacb.data.transform_files import write_transform
 from monai_sacb.data.voxel_fields import load_learn2reg_field, save_learn2reg_field

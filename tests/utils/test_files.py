@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from monai_sacb.utils import new_folder, replacing
+from monai_sacb.utils import new_folder, remove_leftovers, replacing
 
 NAMES = ["model.pt", "warped.nii.gz", "noextension", ".hidden", "two words.tar.gz"]
 
@@ -149,3 +149,23 @@ def test_folder_that_is_there_is_left_alone(tmp_path: Path, kind: str) -> None:
     with pytest.raises(FileExistsError, match="there' exists already"), new_folder(target):
         pytest.fail("nothing should be written")
     assert names(tmp_path) == ["there"]
+
+
+def test_private_until_it_is_done(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.nii.gz") as file, new_folder(tmp_path / "folder") as folder:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
+    names = [".a[1]-abc_1234.nii.gz", ".a1-abc_1234.nii.gz", ".a[1]-abc.nii.gz", "a[1]-abc_1234.nii.gz", "a[1].nii.gz"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "a[1].nii.gz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    # those that are really left behind
+    with replacing(tmp_path / "b.pt") as temporary:
+        kept = temporary.with_name("copy")
+        kept.write_bytes(b"half")
+    kept.rename(temporary)
+    remove_leftovers(tmp_path / "b.pt")
+    assert not temporary.exists() and (tmp_path / "b.pt").exists()
