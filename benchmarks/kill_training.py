@@ -153,7 +153,9 @@ def differences(folder: Path, whole: Path) -> list[str]:
     wrong += [name for name in TABLES if (folder / name).read_bytes() != (whole / name).read_bytes()]
     if curves(folder) != curves(whole):
         wrong.append("curves")
-    files = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if "events.out" not in p.name) for f in (folder, whole)]
+    files = [
+        sorted(str(p.relative_to(f)) for p in f.rglob("[!.]*") if "events.out" not in p.name) for f in (folder, whole)
+    ]
     if files[0] != files[1]:
         wrong.append(f"files {sorted(set(files[0]) ^ set(files[1]))}")
     return wrong
@@ -212,6 +214,7 @@ def main() -> None:
                 newest.write_bytes(content[: draw.randrange(len(content))])
         found = differences(folder, whole)
         wrong += [f"{folder.name}: {name}" for name in found]
+        counts["temporary files left"] += len(list(folder.rglob(".*")))
         if not found:
             shutil.rmtree(folder)
     result = {**counts, "killed at": dict(sorted(phases.items())), "CPU seconds of a training": life, "wrong": wrong}

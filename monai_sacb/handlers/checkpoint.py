@@ -23,7 +23,6 @@ from monai_sacb.utils import (
     is_writer,
     not_finite,
     read_checkpoint,
-    remove_leftovers,
     replacing,
     wait_for_processes,
 )
@@ -52,7 +51,7 @@ def save_atomically(content: Any, path: str | os.PathLike[str], previous: str | 
     torch.save(content, buffer)
     path = Path(path)
     try:
-        with replacing(path) as temporary:
+        with replacing(path, alone=True) as temporary:
             with open(temporary, "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
@@ -321,12 +320,8 @@ class TrainingCheckpoint:
         return None
 
     def _started(self, engine: Workflow) -> None:
-        if is_writer():
-            remove_leftovers(self.path)
-            if self.best_saver is not None:
-                remove_leftovers(self.best_saver.path)
-            if not self.resume:
-                self._begin_anew()
+        if is_writer() and not self.resume:
+            self._begin_anew()
         if not self.resume:
             return
         found = self._read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .bundle import bundle_source, find_bundle_root, running_bundle
 from .claims import WorkClaims
 from .errors import first_line, sentence
-from .files import file_digest, new_folder, remove_leftovers, replacing
+from .files import file_digest, new_folder, replacing
 from .json_files import json_text, write_json
 from .numbers import check_count
 from .processes import (
@@ -50,7 +50,6 @@ __all__ = [
     "process_rank",
     "process_share",
     "read_checkpoint",
-    "remove_leftovers",
     "replacing",
     "running_bundle",
     "sentence",

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from monai_sacb.losses import GradientPenaltyLoss, LNCCLoss, MINDSSCLoss
+from monai_sacb.networks.blocks.conv_norm_act import SameConv
 from monai_sacb.networks.layers import warp
 from monai_sacb.networks.nets import SACBNet
 
@@ -82,6 +83,28 @@ def test_intensities_and_self_similarity(net: SACBNet, kind: str) -> None:
 @pytest.mark.parametrize("size", [(32, 32, 32), (33, 16, 47), (64, 64, 6), (5, 4, 3), (1, 40, 40)], ids=str)
 def test_sizes(net: SACBNet, size: tuple[int, ...], precision: str) -> None:
     check_step(net, noise(size), LNCCLoss(9), PRECISIONS[precision])
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights too"])
+@pytest.mark.parametrize("channels", [4, 32])
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 5, 4), (3, 2, 2)], ids=str)
+def test_gradient_of_few_slices_in_half_precision(size: tuple[int, ...], channels: int, autocast: bool) -> None:
+    """PyTorch's own is arbitrary, on a CPU, where the first axis has two voxels."""
+    torch.manual_seed(0)
+    conv, plain = SameConv(3, channels, channels), nn.Conv3d(channels, channels, 3, padding=1)
+    with torch.no_grad():
+        for value in conv.parameters():
+            value.copy_(value.bfloat16())
+    plain.load_state_dict(conv.conv.state_dict())
+    x = torch.randn(2, channels, *size).bfloat16()
+    plain(x.float()).square().sum().backward()
+    if not autocast:
+        conv.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = conv(x)
+    y.float().square().sum().backward()
+    for value, expected in zip(conv.conv.parameters(), plain.parameters()):
+        assert (value.grad.float() - expected.grad).abs().max() < 0.03 * expected.grad.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["one voxel", "negative"])

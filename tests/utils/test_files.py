@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from monai_sacb.utils import new_folder, remove_leftovers, replacing
+from monai_sacb.utils import new_folder, replacing
 
 NAMES = ["model.pt", "warped.nii.gz", "noextension", ".hidden", "two words.tar.gz"]
 
@@ -157,15 +157,18 @@ def test_private_until_it_is_done(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
-    names = [".a[1]-abc_1234.nii.gz", ".a1-abc_1234.nii.gz", ".a[1]-abc.nii.gz", "a[1]-abc_1234.nii.gz", "a[1].nii.gz"]
-    for name in names:
+    path = tmp_path / "a[1].nii.gz"
+    others = [".a1-abc_1234.nii.gz", ".a[1]-abc.nii.gz", "a[1]-abc_1234.nii.gz", ".a[1]-abc_1234.nii"]
+    for name in others:
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path / "a[1].nii.gz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
-    # those that are really left behind
-    with replacing(tmp_path / "b.pt") as temporary:
-        kept = temporary.with_name("copy")
+    with replacing(path) as temporary:
+        kept = tmp_path / "copy"
         kept.write_bytes(b"half")
+    # as if the process had been killed
     kept.rename(temporary)
-    remove_leftovers(tmp_path / "b.pt")
-    assert not temporary.exists() and (tmp_path / "b.pt").exists()
+    with replacing(path):
+        pass
+    assert temporary.exists()
+    with replacing(path, alone=True):
+        pass
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*others, path.name])
