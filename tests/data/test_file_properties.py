@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from monai_sacb.data import PointSet, load_subjects, make_pairs, read_point_set, read_volume, write_point_set
+from monai_sacb.data import load_subjects, make_pairs, read_point_set, read_volume, write_point_set
 from monai_sacb.data.pickle_reader import read_pickled_arrays
+from monai_sacb.data.point_files import PointSet
 from monai_sacb.networks.pretrained import find_model
 
 hypothesis = pytest.importorskip("hypothesis")
