@@ -272,7 +272,7 @@ def _sidecar(
 def _check_memory(setting: Setting, moving: Subject, fixed: Subject) -> None:
     """Refuse images that are too large for this machine, working grids being at most as large as they may be."""
     native = math.prod(moving.grid.shape) + math.prod(fixed.grid.shape)
-    working = min(native, setting.get("working_grid")["max_voxels"])
+    working = min(native, setting.get("working_grid").get("max_voxels", native))
     network = setting.model.weights is not None
     check_memory(expected_memory_mb(setting.get("costs"), native, working, network, setting.refine))
 
