@@ -39,6 +39,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import monai.bundle
 
 import monai_sacb.apps  # noqa: F401, what a training would import later
+from monai_sacb.utils import read_checkpoint
 
 CONFIG = Path(__file__).resolve().parents[1] / "bundle" / "configs" / "train.json"
 SIZE = (32, 32)
@@ -164,8 +165,11 @@ def differences(folder: Path, whole: Path) -> list[str]:
 def phase(folder: Path) -> str:
     """How far a training that was killed had come."""
     for name in ("checkpoint.pt", "checkpoint_previous.pt"):
-        if (folder / name).is_file():
-            return f"epoch {torch.load(folder / name, weights_only=True)['epoch']}"
+        try:
+            return f"epoch {read_checkpoint(folder / name)['epoch']}"
+        except (FileNotFoundError, ValueError):
+            # none yet, or one that was cut
+            continue
     return "before the first state"
 
 
