@@ -42,7 +42,7 @@ def refused(read: Callable[[], Any]) -> bool:
 
 
 def numbers(low: float, high: float) -> Any:
-    return st.floats(low, high, allow_nan=False, width=32)
+    return st.floats(low, high, allow_nan=False)
 
 
 @st.composite
