@@ -6,7 +6,7 @@
 
 takes whole files of each kind, changes them at random (bytes, cuts, doubled and moved pieces, numbers and words that
 hurt) and reads them. What may come of it is a result, or a ValueError or OSError whose message is one line. Anything
-else is counted as wrong: another exception, a message of several lines, more than ten seconds, more than 4 GiB of
+else is counted as wrong: another exception, a message of several lines, more than ten CPU seconds, more than 4 GiB of
 memory, a file or folder that was not there before. Prints one line of JSON with the number of files for each reader,
 how many of them were read and how many refused, and what was wrong; such files are kept in `--output_dir`.
 
@@ -209,13 +209,14 @@ def _limited_time() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise HangError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(HANG_SECONDS)
+    # of CPU time, so that other work does not matter
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def attempt(reader: Reader, content: bytes, folder: Path) -> str:
