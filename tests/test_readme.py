@@ -130,6 +130,10 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         command = re.sub(r"--epochs \d+ --seeds .*", "--epochs 1 --seeds 0 --arms base --size 32 32 32", command)
         sizes = "--network_size 32 32 32 --training_size 32 32 32 --largest 32"
         command = re.sub(r"(benchmarks/performance.py.*)--rounds \d", rf"\1--rounds 1 {sizes}", command)
+        command = re.sub(r"--kills \d+", "--kills 1", command)
+        command = command.replace("--seconds 1", "--seconds 0.1").replace(
+            "evaluation_memory.py --pairs 200", "evaluation_memory.py --pairs 21"
+        )
         # the tools are not dependencies
         command = command.replace("identity greedy convexadam", "identity --limit 1")
         if "$DATA" in command.replace("$DATASET", ""):

@@ -64,7 +64,7 @@ def _read_names(path: str | None) -> dict[int, str]:
         names = {int(key): value for key, value in content.items()}
     except OSError as error:
         raise FileNotFoundError(f"cannot read names '{path}': {error.strerror}.") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f'names \'{path}\' must be a JSON object of ids and names, as {{"17": "hippocampus"}}.'
         ) from error

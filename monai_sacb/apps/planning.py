@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from monai_sacb.apps.memory import expected_memory_mb
 from monai_sacb.apps.pair_outputs import check_output_folder
 from monai_sacb.apps.pair_reading import PairFiles, read_affine, read_pair
 from monai_sacb.apps.registration import RegistrationOptions, Setting
@@ -62,9 +63,7 @@ def plan_registration(
         "refinement": costs["refinement_seconds_per_million"] * setting.refine * working / 1e6,
         "files": costs["file_seconds_per_million"] * native / 1e6,
     }
-    memory = costs["base_mb"] + costs["native_mb_per_million"] * native / 1e6
-    peak = costs["network_mb_per_million"] if network else 0.0
-    memory += max(peak, costs["refinement_mb_per_million"] if setting.refine else 0.0) * working / 1e6
+    memory = expected_memory_mb(costs, native, working, network, setting.refine)
     stages = [
         {"estimated": "affine: estimated by mutual information", "aligned": "affine: none, the headers count"}.get(
             source, f"affine: '{options.affine}'"

@@ -125,7 +125,7 @@ def _done_row(
         whole = all((folder / file).is_file() for file in sidecar["files"].values())
         if whole and sidecar["request_sha256"] == request_digest(files, options, setting):
             return _row(name, metrics)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # none, or of something else
         pass
     return None

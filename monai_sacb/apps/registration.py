@@ -22,6 +22,7 @@ import itk
 import torch
 from tqdm import tqdm
 
+from monai_sacb.apps.memory import check_memory, expected_memory_mb
 from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_metrics, local_similarity
 from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, output_folder, write_outputs
 from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
@@ -268,6 +269,14 @@ def _sidecar(
     }
 
 
+def _check_memory(setting: Setting, moving: Subject, fixed: Subject) -> None:
+    """Refuse images that are too large for this machine, working grids being at most as large as they may be."""
+    native = math.prod(moving.grid.shape) + math.prod(fixed.grid.shape)
+    working = min(native, setting.get("working_grid").get("max_voxels", native))
+    network = setting.model.weights is not None
+    check_memory(expected_memory_mb(setting.get("costs"), native, working, network, setting.refine))
+
+
 def register_files(
     files: PairFiles, output_dir: str | os.PathLike[str], options: RegistrationOptions, setting: Setting | None = None
 ) -> RegistrationResult:
@@ -288,6 +297,7 @@ def register_files(
         with clock.stage("reading"):
             given = read_affine(options.affine) if options.affine_source == "given" else None
             moving, fixed = read_pair(files, given)
+            _check_memory(setting, moving, fixed)
         with clock.stage("affine"):
             affine = _affine_stage(setting, options, moving, fixed) if given is None else given
             pair = WorkingPair(moving, fixed, affine, setting.get("scale_intensity"), setting.get("working_grid"))

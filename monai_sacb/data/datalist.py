@@ -41,7 +41,7 @@ def _read_json(dataset_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any
         return path.parent, described
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
     if not isinstance(content, dict) or not any(
         isinstance(content.get(n), list) for n in (*SUBJECT_LISTS, *PAIR_LISTS)
@@ -65,7 +65,8 @@ def _subject(entry: Any, root: Path, where: str) -> dict[str, str]:
         value = entry.get(key)
         if value is None:
             continue
-        if not isinstance(value, str) or not value.strip():
+        # control characters: no file of anybody's is called so
+        if not isinstance(value, str) or not value.strip() or any(ord(character) < 32 for character in value):
             raise ValueError(f"{where}: {key} must be one path, got {value!r}.")
         path = Path(os.path.normpath(root / value))
         if not path.exists():

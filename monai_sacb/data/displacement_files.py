@@ -50,6 +50,7 @@ READ_ERRORS = (
     OverflowError,
     MemoryError,
     RuntimeError,
+    LookupError,
     struct.error,
     zlib.error,
     ImageFileError,

@@ -243,8 +243,13 @@ def _text_of_matlab(path: Path) -> str:
 def _read_text(text: str) -> list[Any]:
     if not text.startswith(TEXT_SIGNATURE):
         raise ValueError(f"it does not start with '{TEXT_SIGNATURE}'")
-    if not re.search(r"^Transform:", text, re.MULTILINE):
+    names = [name.strip() for name in re.findall(r"^Transform:(.*)", text, re.MULTILINE)]
+    if not names:
         raise ValueError("it holds 0 transforms instead of one")
+    # ITK itself stumbles over others
+    unknown = [name for name in names if not re.fullmatch(r"\w+_(double|float)_\d_\d", name)]
+    if unknown:
+        raise ValueError(f"it holds {unknown[0][:100]!r}, which is no transform of ITK")
     # ANTs writes affines in the name of a class that ITK by itself does not make
     text = text.replace("MatrixOffsetTransformBase_", "AffineTransform_")
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import zoom
 
 from monai_sacb.networks.layers import reference_grid
@@ -27,6 +31,25 @@ __all__ = [
 ]
 
 LEARN2REG_EXTENSIONS = (".nii.gz", ".npz")
+# of the parsers of zip archives, of numpy's headers and of NIfTI; RuntimeError: encrypted, or packed in unknown ways
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    ImageFileError,
+    HeaderDataError,
+)
 
 
 def ddf_to_displacement(ddf: torch.Tensor, fixed_affine: torch.Tensor, moving_affine: torch.Tensor) -> torch.Tensor:
@@ -172,13 +195,13 @@ def load_learn2reg_field(path: str | os.PathLike[str]) -> torch.Tensor:
             raise ValueError(f"its values are of type {array.dtype}")
         array = array.astype(np.float32)
         # fields of half resolution are in .npz files only
-        places = (array.shape[0], array.shape[-1]) if path.name.endswith(".npz") else (array.shape[-1],)
+        places = array.shape[:1] + array.shape[-1:] if path.name.endswith(".npz") else array.shape[-1:]
         if array.ndim != 4 or 3 not in places:
             raise ValueError(f"its shape {array.shape} is neither (D, H, W, 3) nor, in .npz, (3, D/2, H/2, W/2)")
         bad = int((~np.isfinite(array)).sum())
         if bad:
             raise ValueError(f"it has {bad} NaN or infinite values")
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, ImageFileError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"cannot read the field '{path}': {first_line(error)}.") from error
     if array.shape[-1] == 3:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import random
@@ -16,15 +18,52 @@ from torch import nn
 
 from monai.engines import Workflow
 
-from monai_sacb.utils import compare_states, is_writer, not_finite, read_checkpoint, replacing, wait_for_processes
+from monai_sacb.utils import (
+    compare_states,
+    is_writer,
+    not_finite,
+    read_checkpoint,
+    replacing,
+    wait_for_processes,
+)
 
 __all__ = ["BestModelSaver", "LoadWeights", "TrainingCheckpoint"]
 
 
-def save_atomically(content: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save`` to a temporary name, then rename: a reader never meets half a file."""
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+# the disk, the quota, or the largest size of a file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save_atomically(content: Any, path: str | os.PathLike[str], previous: str | os.PathLike[str] | None = None) -> None:
+    """
+    ``torch.save`` to a temporary name, on the disk, then rename: a reader never meets half a file.
+
+    Args:
+        content: what to save.
+        path: the file.
+        previous: a name for the file that was there before, which is replaced otherwise.
+
+    Raises:
+        OSError: When the file cannot be written, as on a full disk; the files that were there stay.
+    """
+    # in memory first: an error of writing is then one of the system, with its reason
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = Path(path)
+    try:
+        with replacing(path, alone=True) as temporary:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                # renamed before its content is on the disk, it could be empty after a power cut
+                os.fsync(file.fileno())
+            if previous is not None and path.is_file():
+                os.replace(path, previous)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        size = f"{buffer.getbuffer().nbytes / 1e6:.1f} MB"
+        raise OSError(f"no space for the {size} of '{path}' ({error.strerror}); what was there is kept.") from error
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
@@ -171,9 +210,11 @@ class TrainingCheckpoint:
     Save the whole state of a training after every few epochs, and go on from it.
 
     The state is: the network, the optimizer, the schedule, the epoch, the random number generators, and the best metric
-    so far. It is written to a temporary name and renamed. Attach it after the handlers that validate and that change
-    the learning rate, whose effect belongs to the epoch. Of several processes that share a training, the first writes
-    the file and all read it; their random states are the same. They go on when it is written.
+    so far. It is written to a temporary name and renamed. The one before stays beside it, as ``checkpoint_previous.pt``
+    of ``checkpoint.pt``, and a training goes on from there if the newest is damaged. A training that begins anew leaves
+    the state of an earlier one as ``checkpoint_replaced.pt``. Attach it after the handlers that validate and that
+    change the learning rate, whose effect belongs to the epoch. Of several processes that share a training, the first
+    writes the file and all read it; their random states are the same. They go on when it is written.
 
     Args:
         path: the file of the state.
@@ -183,9 +224,12 @@ class TrainingCheckpoint:
         resume: whether to go on from the file, with the learning rate it remembers. A missing file starts a new
             training, and says so.
         interval: epochs between saves; the last epoch is always saved.
+        summary_writer: TensorBoard's writer of the curves, which keeps values back for minutes; those of the epochs in
+            the state are on the disk before it.
 
     Raises:
         ValueError: When ``interval`` is below 1, or, at the start, the file is not a state of such a training.
+        OSError: When the state cannot be written, as on a full disk. The last ones are kept.
     """
 
     def __init__(
@@ -198,18 +242,25 @@ class TrainingCheckpoint:
         best_saver: BestModelSaver | None = None,
         resume: bool = False,
         interval: int = 1,
+        summary_writer: Any = None,
     ) -> None:
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}.")
         self.path = Path(path)
+        self.previous_path, self.replaced_path = (
+            self.path.with_name(f"{self.path.stem}_{which}{self.path.suffix}") for which in ("previous", "replaced")
+        )
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
         self.best_saver = best_saver
+        self.summary_writer = summary_writer
         self.resume = resume
         self.interval = interval
         self.logger = logging.getLogger(__name__)
+        # whether the file is worth keeping when the next one comes
+        self._newest_is_whole = False
 
     def attach(self, engine: Workflow) -> None:
         """Load when the trainer starts, save when an epoch has ended."""
@@ -218,8 +269,12 @@ class TrainingCheckpoint:
 
     def _epoch_completed(self, engine: Workflow) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            if self.summary_writer is not None:
+                self.summary_writer.flush()
             if is_writer():
-                save_atomically(self.state_dict(engine), self.path)
+                previous = self.previous_path if self._newest_is_whole else None
+                save_atomically(self.state_dict(engine), self.path, previous)
+                self._newest_is_whole = True
             wait_for_processes()
 
     def state_dict(self, engine: Workflow) -> dict[str, Any]:
@@ -239,22 +294,50 @@ class TrainingCheckpoint:
             state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
         return state
 
+    def _begin_anew(self) -> None:
+        """Put an earlier training's states out of the way, or a kill before the first save would bring them back."""
+        newest = next((path for path in (self.path, self.previous_path) if path.is_file()), None)
+        if newest is not None:
+            os.replace(newest, self.replaced_path)
+            self.logger.warning(
+                f"Training begins anew; the state of an earlier one, '{newest}', is kept as '{self.replaced_path}'."
+            )
+        self.previous_path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[Path, Any] | None:
+        """The newest state that can be read, and its file; None where there is no file."""
+        there = [path for path in (self.path, self.previous_path) if path.is_file()]
+        for path in there:
+            try:
+                state = read_checkpoint(path)
+            except ValueError as error:
+                if path == there[-1]:
+                    raise
+                self.logger.warning(f"{error} The state before it, '{there[-1]}', is used.")
+                continue
+            self._newest_is_whole = path == self.path
+            return path, state
+        return None
+
     def _started(self, engine: Workflow) -> None:
+        if is_writer() and not self.resume:
+            self._begin_anew()
         if not self.resume:
             return
-        if not self.path.is_file():
+        found = self._read()
+        if found is None:
             self.logger.warning(f"Nothing to resume at '{self.path}': training starts from the beginning.")
             return
-        state = read_checkpoint(self.path)
+        path, state = found
         keys = {"network", "optimizer", "lr_scheduler", "scaler", "epoch", "epoch_length", "random"}
         if not isinstance(state, Mapping) or not keys <= state.keys():
-            raise ValueError(f"'{self.path}' is not the state of a training.")
+            raise ValueError(f"'{path}' is not the state of a training.")
         if state["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
-                f"'{self.path}' has epochs of {state['epoch_length']} iterations, this training of "
+                f"'{path}' has epochs of {state['epoch_length']} iterations, this training of "
                 f"{engine.state.epoch_length}."
             )
-        _load_state(self.network, state["network"], self.path)
+        _load_state(self.network, state["network"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
             self._restore_schedule(self.lr_scheduler, state["lr_scheduler"])
@@ -271,7 +354,7 @@ class TrainingCheckpoint:
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * state["epoch_length"]
         _restore_random_states(state["random"])
-        self.logger.info(f"Resumed after epoch {state['epoch']} of {engine.state.max_epochs} from '{self.path}'.")
+        self.logger.info(f"Resumed after epoch {state['epoch']} of {engine.state.max_epochs} from '{path}'.")
 
     def _restore_schedule(self, scheduler: torch.optim.lr_scheduler.LRScheduler, state: Mapping[str, Any]) -> None:
         """Go on with the schedule; one that is longer or shorter than before goes on at its own value."""

@@ -109,7 +109,7 @@ class PairJournal:
             rows = {int(line["pair"]): line for line in whole}
             for row in rows.values():
                 row["values"] = {name: [_decoded(v) for v in column] for name, column in row["values"].items()}
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"'{path}' is not the journal of an evaluation; remove it to begin anew.") from error
         differing = [n for n in {**header, **self.settings} if header.get(n) != self.settings.get(n)]
         if differing and path != self._main:

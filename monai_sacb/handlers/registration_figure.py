@@ -63,5 +63,5 @@ class RegistrationFigure:
             title += f": Dice {before:.3f} before, {after:.3f} after"
         moving, fixed, warped = (item[key][0].cpu() for key in ("moving_image", "fixed_image", self.warped_key))
         figure = plot_registration(moving, fixed, warped, item[self.ddf_key], title)
-        with replacing(self.path) as path:
+        with replacing(self.path, alone=True) as path:
             figure.savefig(path, dpi=120)

@@ -199,14 +199,14 @@ class RegistrationTable:
         self.logger.info("\n" + self._text(summary, tables, len(rows)))
         self._write_csv("pairs.csv", ["moving", "fixed", *columns], zip(*zip(*pairs), *columns.values()))
         self._write_structures(columns, tables)
-        with replacing(self.output_dir / "summary.json") as path:
+        with replacing(self.output_dir / "summary.json", alone=True) as path:
             finite = {name: _finite(value) for name, value in summary.items()}
             path.write_text(json.dumps({"pairs": len(rows), **finite}, indent=2) + "\n", encoding="utf-8")
         # one of an earlier evaluation must not pass for this one's
         (self.output_dir / "structures.png").unlink(missing_ok=True)
         if self.plot is not None and all(name in tables for name in self.plot):
             before, after = (tables[name] for name in self.plot)
-            with replacing(self.output_dir / "structures.png") as path:
+            with replacing(self.output_dir / "structures.png", alone=True) as path:
                 plot_structures(before, after, self.label_names, self.plot[1]).savefig(path, dpi=120)
 
     def _summary(
@@ -230,7 +230,8 @@ class RegistrationTable:
         return summary
 
     def _write_csv(self, name: str, header: Sequence[str], rows: Any) -> None:
-        with replacing(self.output_dir / name) as path, open(path, "w", newline="", encoding="utf-8") as file:
+        path = self.output_dir / name
+        with replacing(path, alone=True) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for row in rows:

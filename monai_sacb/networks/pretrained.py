@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ def _read_card(weights: Path) -> dict[str, Any]:
         return {}
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a JSON file ({error}).") from error
     if not isinstance(card, dict) or not isinstance(card.get("settings", {}), dict):
         raise ValueError(f"'{path}' is not the card of a model: it must be an object, perhaps with 'settings'.")
@@ -129,7 +130,9 @@ def _with_card(name: str, bundle_root: Path, weights: Path) -> RegistrationModel
         if expected is not None and expected != digest:
             raise ValueError(f"'{weights}' is not the file that '{path}' describes: its SHA-256 is {digest}.")
         for key, value in card.get("settings", {}).items():
-            if key.split("#")[0] not in SETTINGS or not _is_plain(value):
+            # MONAI knows both separators; a part like _target_ would name what to call
+            first, *rest = re.split("#|::", key)
+            if first not in SETTINGS or any(part.startswith("_") for part in rest) or not _is_plain(value):
                 raise ValueError(
                     f"'{path}' has the setting '{key}', which is refused: settings are plain values for "
                     f"{', '.join(SETTINGS)}."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor
@@ -28,8 +30,11 @@ _UNREADABLE = (
     RuntimeError,
     TypeError,
     ValueError,
+    LookupError,
+    struct.error,
     zlib.error,
     ImageFileError,
+    HeaderDataError,
 )
 
 

@@ -19,7 +19,7 @@ from .processes import (
     wait_for_processes,
     world_size,
 )
-from .resources import peak_memory_mb
+from .resources import available_memory_mb, peak_memory_mb
 from .settings import settings_digest
 from .subjects import pair_names, subject_name, subject_names
 from .tensors import image_name, is_exported, is_traced, plain_tensor
@@ -27,6 +27,7 @@ from .weights import compare_states, not_finite, read_checkpoint
 
 __all__ = [
     "WorkClaims",
+    "available_memory_mb",
     "bundle_source",
     "check_count",
     "compare_states",

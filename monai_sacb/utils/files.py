@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -14,7 +15,7 @@ __all__ = ["file_digest", "new_folder", "replacing"]
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], alone: bool = False) -> Iterator[Path]:
     """
     Give a temporary name beside a file to write to, and rename it to the file's once all is written.
 
@@ -22,6 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the file. Its folder is made where it is missing.
+        alone: whether no other process writes this file meanwhile; what killed ones have left is removed then.
 
     Yields:
         the temporary path, with the same extensions (which file writers look at).
@@ -29,6 +31,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     stem, dot, extensions = path.name.partition(".")
+    if alone:
+        # eight characters of tempfile's own
+        pattern = f".{glob.escape(stem)}-{'[a-z0-9_]' * 8}{glob.escape(dot + extensions)}"
+        for leftover in path.parent.glob(pattern):
+            leftover.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{stem}-", suffix=dot + extensions, dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -36,7 +36,7 @@ _UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, TypeError, ValueEr
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read '{path}': {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' must hold a JSON object, got {type(content).__name__}.")
@@ -121,7 +121,7 @@ class ReportSource:
             first, second, third = (int(size) for size in transform["fixed"]["shape"])
             matrices = [np.array(m, dtype=np.float64) for m in (transform["fixed"]["affine"], transform["affine"])]
             paths = {role: str(transform[role]["path"]) for role in ("fixed", "moving")}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"'{folder / 'transform.json'}' does not describe a registration: {error!r}.") from error
         for matrix in matrices:
             if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
@@ -160,7 +160,7 @@ class ReportSource:
             grid, then = Grid.of(volume), self.transform[role]
             same = list(grid.shape) == [int(size) for size in then["shape"]]
             affine = torch.tensor(then["affine"], dtype=torch.float64)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             self.notes.append(f"The {name} is not shown: {error}")
             return
         if not same or not torch.allclose(grid.affine, affine, rtol=0.0, atol=GRID_TOLERANCE * min(grid.spacing)):

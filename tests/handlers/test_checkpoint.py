@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import pickle
 import random
+import resource
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from monai_sacb.transforms import WarpByDDFd
 LOGGER = "monai_sacb.handlers.checkpoint"
 CPU = torch.device("cpu")
 LEARNING_RATE = 0.05
+PREVIOUS = "checkpoint_previous.pt"
 
 
 class InterruptionError(Exception):
@@ -155,6 +159,9 @@ class Training:
             self.trainer.run()
         return self
 
+    def state(self, name: str) -> dict[str, Any]:
+        return dict(torch.load(self.folder / name, weights_only=True))
+
     @property
     def files(self) -> dict[str, Any]:
         return {name: torch.load(self.folder / name, weights_only=True) for name in ("checkpoint.pt", "model.pt")}
@@ -203,7 +210,8 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stops: list[i
     for state in ("best_metric", "best_metric_epoch"):
         assert getattr(part.evaluator.state, state) == getattr(whole.evaluator.state, state)
     # nothing else is left behind
-    assert sorted(os.listdir(tmp_path / "parts")) == ["checkpoint.pt", "model.pt"]
+    assert sorted(os.listdir(tmp_path / "parts")) == ["checkpoint.pt", "checkpoint_previous.pt", "model.pt"]
+    assert part.state(PREVIOUS)["epoch"] == 2
 
 
 def test_random_numbers_matter_here(tmp_path: Path) -> None:
@@ -395,31 +403,123 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     Training(tmp_path, 2).run(5)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     save = torch.save
-    failed: list[Path] = []
+    failed: list[str] = []
 
-    def failing(content: Any, path: Path) -> None:
+    def failing(content: Any, file: io.BytesIO) -> None:
         if ("epoch" in content) == (name == "checkpoint.pt"):
-            save(content, path)
-            path.write_bytes(path.read_bytes()[:1000])
-            failed.append(path)
+            failed.append(name)
             raise OSError("disk full")
-        save(content, path)
+        save(content, file)
 
     resumed = Training(tmp_path, 2, resume=True)
     if name == "model.pt":
-        # any value is better
-        resumed.checkpoint._started(resumed.trainer)
-        resumed.evaluator.state.best_metric = -1
-        resumed.checkpoint.resume = False
+
+        def forget() -> None:
+            # any value is better
+            resumed.evaluator.state.best_metric = -1
+
+        resumed.trainer.add_event_handler(Events.EPOCH_STARTED, forget)
     monkeypatch.setattr(torch, "save", failing)
     with pytest.raises(OSError, match="disk full"):
         resumed.run()
-    assert len(failed) == 1 and failed[0].name != name
+    assert failed == [name]
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "model.pt"]
     assert (tmp_path / name).read_bytes() == before[name]
     monkeypatch.undo()
     # what is left can be gone on from
     assert len(Training(tmp_path, 2, resume=True).run().steps) == 4
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """The system writes no file beyond 4 kB, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_ends_the_training_and_keeps_the_last_state(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = Training(tmp_path / "whole", 3).run()
+    Training(tmp_path / "parts", 3).run(9)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+    request.getfixturevalue("small_files")
+    with pytest.raises(OSError, match=r"no space for the 0\.0 MB of '.*' \(File too large\); what was there is kept"):
+        Training(tmp_path / "parts", 3, resume=True).run()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == before
+    assert same(Training(tmp_path / "parts", 3, resume=True).run().files, whole.files)
+
+
+def test_other_errors_of_the_system_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        Training(tmp_path, 1).run()
+
+
+@pytest.mark.parametrize("size", [None, 0, 1, 0.5, 0.9], ids=str)
+def test_damaged_state_is_passed_over_for_the_one_before(
+    tmp_path: Path, size: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``size`` is what is left of the newest state; None: a kill came between two renamings."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = Training(tmp_path / "whole", 4).run()
+    Training(tmp_path / "parts", 4).run(13)
+    newest = tmp_path / "parts" / "checkpoint.pt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[: size if isinstance(size, int) else int((size or 0) * len(content))])
+    if size is None:
+        newest.unlink()
+    resumed = Training(tmp_path / "parts", 4, resume=True, seed=3)
+    with caplog.at_level(logging.INFO, LOGGER):
+        resumed.run(stop_at=10)
+    assert resumed.steps[0][:2] == (3, 9)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == (size is not None)
+    assert all(str(newest) in text and PREVIOUS in text and "\n" not in text for text in warnings)
+    assert f"Resumed after epoch 2 of 4 from '{resumed.checkpoint.previous_path}'" in caplog.text
+    # the damaged file never takes the place of a good one
+    last = Training(tmp_path / "parts", 4, resume=True, seed=5).run()
+    assert last.steps[0][:2] == (3, 9)
+    assert same(last.files, whole.files) and last.state(PREVIOUS)["epoch"] == 3
+
+
+def test_damaged_states_are_refused(tmp_path: Path) -> None:
+    Training(tmp_path, 3).run(9)
+    for name in ("checkpoint.pt", PREVIOUS):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint_previous\.pt' is not a readable"):
+        Training(tmp_path, 3, resume=True).run()
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_state_of_an_earlier_training_does_not_come_back(
+    tmp_path: Path, stop: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Begun anew in its folder and killed, perhaps before the first save, and resumed."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "used").mkdir()
+    plain = Training(tmp_path / "plain", 3).run()
+    earlier = Training(tmp_path / "used", 3, seed=9).run()
+    with caplog.at_level(logging.WARNING, LOGGER):
+        Training(tmp_path / "used", 3).run(stop)
+    assert "checkpoint_replaced.pt" in caplog.text and "begins anew" in caplog.text
+    assert same(earlier.state("checkpoint_replaced.pt")["network"], dict(earlier.network.state_dict()))
+    assert same(Training(tmp_path / "used", 3, resume=stop > 1, seed=0).run().files, plain.files)
+
+
+def test_leftovers_of_kills_are_removed(tmp_path: Path) -> None:
+    others = [".checkpoint-other.pt", ".checkpoint-abcdefgh.txt", "checkpoint-abcdefgh.pt"]
+    for name in [".checkpoint-abcd_f1h.pt", ".model-12345678.pt", *others]:
+        (tmp_path / name).write_bytes(b"half of a state")
+    Training(tmp_path, 1).run()
+    assert sorted(os.listdir(tmp_path)) == sorted(["checkpoint.pt", "model.pt", *others])
 
 
 # ---- the best weights ----

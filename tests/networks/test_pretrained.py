@@ -80,6 +80,10 @@ CARDS = [
     ({"settings": {"working_grid#spacing": "$__import__('os').getcwd()"}}, "which is refused"),
     ({"settings": {"thresholds": ["%/etc/passwd"]}}, "which is refused"),
     ({"settings": {"imports": []}}, "which is refused"),
+    ({"settings": {"thresholds": {"path": "ran"}, "thresholds#_target_": "os.mkdir"}}, "'thresholds#_target_', which"),
+    ({"settings": {"thresholds::_target_": "os.mkdir"}}, "'thresholds::_target_', which"),
+    ({"settings": {"thresholds#a::_target_": "os.mkdir"}}, "'thresholds#a::_target_', which"),
+    ({"settings": {"network_def#a#_mode_": "debug"}}, "'network_def#a#_mode_', which"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,10 @@ ILL_CASES: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
     "all but the end": ("end.nii.gz", lambda data: data[:-200]),
     "the head": ("head.nii.gz", lambda data: data[:20]),
     "half, not compressed": ("half.nii", lambda data: gzip.decompress(data)[:1000]),
+    "unknown kind of voxels": (
+        "kind.nii",
+        lambda data: (lambda raw: raw[:70] + struct.pack("<h", -1) + raw[72:])(gzip.decompress(data)),
+    ),
     "text": ("text.nii.gz", lambda data: b"not an image\nat all\n" * 50),
     "text, not compressed": ("text.nii", lambda data: b"not an image\nat all\n" * 50),
     "compressed text": ("gztext.nii.gz", lambda data: gzip.compress(b"not an image\n" * 50)),

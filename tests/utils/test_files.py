@@ -149,3 +149,26 @@ def test_folder_that_is_there_is_left_alone(tmp_path: Path, kind: str) -> None:
     with pytest.raises(FileExistsError, match="there' exists already"), new_folder(target):
         pytest.fail("nothing should be written")
     assert names(tmp_path) == ["there"]
+
+
+def test_private_until_it_is_done(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.nii.gz") as file, new_folder(tmp_path / "folder") as folder:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].nii.gz"
+    others = [".a1-abc_1234.nii.gz", ".a[1]-abc.nii.gz", "a[1]-abc_1234.nii.gz", ".a[1]-abc_1234.nii"]
+    for name in others:
+        (tmp_path / name).touch()
+    with replacing(path) as temporary:
+        kept = tmp_path / "copy"
+        kept.write_bytes(b"half")
+    # as if the process had been killed
+    kept.rename(temporary)
+    with replacing(path):
+        pass
+    assert temporary.exists()
+    with replacing(path, alone=True):
+        pass
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*others, path.name])
