@@ -36,7 +36,8 @@ def network_of(*names: str, **overrides: object) -> SACBNet:
 def test_all_are_listed() -> None:
     assert {path.stem for path in CONFIGS.glob("encoder_*.json")} == set(ENCODERS)
     for name in ENCODERS:
-        assert list(json.loads((CONFIGS / f"{name}.json").read_text())) == ["network_def#encoder"]
+        overlay = json.loads((CONFIGS / f"{name}.json").read_text())
+        assert list(overlay) == ["network_def#encoder", "network_def#self_similarity"]
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
