@@ -247,7 +247,7 @@ def _read_text(text: str) -> list[Any]:
     if not names:
         raise ValueError("it holds 0 transforms instead of one")
     # ITK itself stumbles over others
-    unknown = [name for name in names if not re.fullmatch(r"\w+_(double|float)_\d_\d", name)]
+    unknown = [name for name in names if not re.fullmatch(r"\w{1,100}_(double|float)_\d_\d", name)]
     if unknown:
         raise ValueError(f"it holds {unknown[0][:100]!r}, which is no transform of ITK")
     # ANTs writes affines in the name of a class that ITK by itself does not make
