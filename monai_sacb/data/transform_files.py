@@ -233,7 +233,7 @@ def _text_of_matlab(path: Path) -> str:
     if fixed is None or len(vectors) != 1:
         raise ValueError("it is no MATLAB file of level 4 with an affine of ITK or ANTs")
     ((name, parameters),) = vectors.items()
-    if not re.fullmatch(r"\w{1,80}_(double|float)_\d_\d", name):
+    if not re.fullmatch(r"\w+_(double|float)_\d_\d", name):
         raise ValueError(f"it holds '{name}', which is no transform of ITK")
     numbers = [" ".join(repr(float(value)) for value in vector) for vector in (parameters, fixed)]
     lines = (f"{TEXT_SIGNATURE} V1.0", "#Transform 0", f"Transform: {name}", "Parameters: ", "FixedParameters: ")
@@ -247,7 +247,7 @@ def _read_text(text: str) -> list[Any]:
     if not names:
         raise ValueError("it holds 0 transforms instead of one")
     # ITK itself stumbles over others
-    unknown = [name for name in names if not re.fullmatch(r"\w{1,80}_(double|float)_\d_\d", name)]
+    unknown = [name for name in names if not re.fullmatch(r"\w{1,100}_(double|float)_\d_\d", name)]
     if unknown:
         raise ValueError(f"it holds {unknown[0][:100]!r}, which is no transform of ITK")
     # ANTs writes affines in the name of a class that ITK by itself does not make
