@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from monai.engines.utils import IterationEvents
 
 from monai_sacb.handlers.pair_metric import pair_items
 from monai_sacb.networks import ClusterRecorder
-from monai_sacb.utils import is_writer, pair_names
+from monai_sacb.utils import pair_names
 from monai_sacb.visualize import plot_clusters, plot_registration
 
 __all__ = ["RegistrationImages"]
@@ -38,7 +37,7 @@ class RegistrationImages:
     It takes less than a second for each validation; the network does not run once more for it.
 
     Args:
-        log_dir: folder of TensorBoard's files.
+        summary_writer: TensorBoard's writer, the one of the curves; None where this process writes nothing.
         network: the network, for its clusters; None, or one without :py:class:`monai_sacb.networks.blocks.SACBlock`,
             for no clusters.
         warped_key: the warped image among the results.
@@ -47,16 +46,15 @@ class RegistrationImages:
 
     def __init__(
         self,
-        log_dir: str | os.PathLike[str],
+        summary_writer: Any,
         network: nn.Module | None = None,
         warped_key: str = "warped_image",
         ddf_key: str = "pred",
     ) -> None:
-        self.log_dir = log_dir
+        self.summary_writer = summary_writer
         self.recorder = ClusterRecorder(network) if network is not None and ClusterRecorder.fits(network) else None
         self.warped_key = warped_key
         self.ddf_key = ddf_key
-        self._writer: Any = None
 
     def attach(self, engine: Workflow) -> None:
         """Look at the first pair of every evaluation."""
@@ -65,7 +63,7 @@ class RegistrationImages:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
 
     def _is_shown(self, engine: Workflow) -> bool:
-        return engine.state.iteration == 1 and is_writer()
+        return engine.state.iteration == 1 and self.summary_writer is not None
 
     def _started(self, engine: Workflow) -> None:
         if self.recorder is not None and self._is_shown(engine):
@@ -78,11 +76,6 @@ class RegistrationImages:
     def _iteration_completed(self, engine: Workflow) -> None:
         if not self._is_shown(engine):
             return
-        if self._writer is None:
-            # here, and not where nothing is written
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(log_dir=str(self.log_dir))
         item = pair_items(engine)[0]
         title = " on ".join(pair_names(item))
         moving, fixed, warped = (item[key][0].cpu() for key in ("moving_image", "fixed_image", self.warped_key))
@@ -91,5 +84,5 @@ class RegistrationImages:
             moving_maps, fixed_maps = self.recorder.maps(fixed.shape)
             figures["clusters"] = plot_clusters(moving, fixed, moving_maps[0], fixed_maps[0], title)
         for name, figure in figures.items():
-            self._writer.add_image(name, _pixels(figure), engine.state.epoch, dataformats="HWC")
-        self._writer.flush()
+            self.summary_writer.add_image(name, _pixels(figure), engine.state.epoch, dataformats="HWC")
+        self.summary_writer.flush()

@@ -14,6 +14,14 @@ from pathlib import Path
 __all__ = ["file_digest", "new_folder", "replacing"]
 
 
+def _publish(temporary: Path, path: Path, mode: int) -> None:
+    """Give what is written its name, and the mode that the process gives; tempfile's is for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(mode & ~umask)
+    os.replace(temporary, path)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str], alone: bool = False) -> Iterator[Path]:
     """
@@ -41,11 +49,7 @@ def replacing(path: str | os.PathLike[str], alone: bool = False) -> Iterator[Pat
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner may read
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        _publish(temporary, path, 0o666)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,10 +75,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        os.replace(temporary, target)
+        _publish(temporary, target, 0o777)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
