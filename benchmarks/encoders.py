@@ -43,7 +43,7 @@ def cost(arm: Arm, repeats: int = 5) -> tuple[int, float]:
     optimizer = parser.get_parsed_content("optimizer")
     device = parser.get_parsed_content("device")
     if arm.change is not None:
-        arm.change(network)
+        arm.change(parser)
     images = torch.rand(1, 2, *SIZE, device=device)
     batch = {"moving_image": images[:, :1], "fixed_image": images[:, 1:]}
     seconds = []
