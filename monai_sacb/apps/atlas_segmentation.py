@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 
 from monai_sacb.apps.pair_metrics import local_similarity
 from monai_sacb.apps.pair_reading import Subject, read_subject
-from monai_sacb.apps.working_pair import WorkingPair
+from monai_sacb.apps.working_pair import WorkingPair, pair_grid
 from monai_sacb.data.foreground import background_value, foreground_mask
 from monai_sacb.data.spatial_mapping import SpatialMapping, resample_volume
 from monai_sacb.data.volumes import check_overlap
@@ -116,7 +116,9 @@ class AtlasSegmentation(nn.Module):
             affine = torch.eye(4, dtype=torch.float64)
         else:
             affine = self.affine_stage(atlas.image, subject.image)
-        return WorkingPair(atlas, subject, affine, self.scale_intensity, self.working_grid)
+        return WorkingPair(
+            atlas, subject, affine, self.scale_intensity, pair_grid(atlas, subject, affine, self.working_grid)
+        )
 
     def _carry(
         self, atlas: Subject, subject: Subject, device: torch.device

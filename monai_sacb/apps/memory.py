@@ -11,7 +11,9 @@ from monai_sacb.utils import available_memory_mb
 __all__ = ["check_memory", "expected_memory_mb"]
 
 
-def expected_memory_mb(costs: Mapping[str, float], native: int, working: int, network: bool, refine: int) -> float:
+def expected_memory_mb(
+    costs: Mapping[str, float], native: int, working: int, network: bool, refine: int, fine: int = 0
+) -> float:
     """
     Memory that the process will have taken at its peak, in MB.
 
@@ -21,11 +23,11 @@ def expected_memory_mb(costs: Mapping[str, float], native: int, working: int, ne
         working: voxels of the working grid.
         network: whether there is one.
         refine: steps of the refinement.
+        fine: voxels of the finer grid that the refinement ends on; 0 where it does not.
     """
-    peak = max(
-        costs["network_mb_per_million"] if network else 0.0, costs["refinement_mb_per_million"] if refine else 0.0
-    )
-    return costs["base_mb"] + (costs["native_mb_per_million"] * native + peak * working) / 1e6
+    refined = max(working if refine else 0, fine)
+    peak = max(costs["network_mb_per_million"] * working * network, costs["refinement_mb_per_million"] * refined)
+    return costs["base_mb"] + (costs["native_mb_per_million"] * native + peak) / 1e6
 
 
 def check_memory(expected: float) -> None:

@@ -204,6 +204,7 @@ def register(
     model: str = "none",
     affine: str = "true",
     refine: int | None = None,
+    fine: int | None = None,
     fill: float | None = None,
     keep_dtype: bool = False,
     seed: int = 0,
@@ -236,6 +237,8 @@ def register(
         model: name of a model that came along, file of weights, folder of a bundle, or none.
         affine: true to estimate it, false where the images are aligned by their headers, or the file of a transform.
         refine: steps of gradient descent on the field; 150 without a network and 50 after one by default.
+        fine: further steps on a finer grid, of the images' own voxels or 8 million in all, where they have more to show
+            than the grid before; 20 by default, and none where refine is 0.
         fill: value outside the moving image; by default 0, or the smallest value of a CT.
         keep_dtype: write images in the type of their files, not as float32.
         seed: of the affine stage's samples.
@@ -261,6 +264,7 @@ def register(
         os.path.expanduser(str(model)),
         os.path.expanduser(str(affine)),
         refine,
+        fine,
         fill,
         keep_dtype,
         seed,

@@ -27,9 +27,9 @@ from monai_sacb.apps.pair_metrics import compare_labels, compare_points, field_m
 from monai_sacb.apps.pair_outputs import Outputs, check_by_itk, output_folder, write_outputs
 from monai_sacb.apps.pair_reading import PairFiles, Subject, read_affine, read_pair
 from monai_sacb.apps.verdict import VerdictThresholds, check_metrics, judge_registration
-from monai_sacb.apps.working_pair import WorkingPair
+from monai_sacb.apps.working_pair import WorkingPair, pair_grid
 from monai_sacb.data.disk_cache import file_hashing
-from monai_sacb.data.spatial_mapping import SpatialMapping
+from monai_sacb.data.spatial_mapping import Grid, SpatialMapping
 from monai_sacb.networks import find_model
 from monai_sacb.networks.layers import warp
 from monai_sacb.networks.pretrained import RegistrationModel
@@ -41,7 +41,7 @@ __all__ = ["RegistrationOptions", "RegistrationResult", "register_files", "reque
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("reading", "affine", "network", "refinement", "inverse", "writing", "checking", "report")
+STAGES = ("reading", "affine", "network", "refinement", "fine refinement", "inverse", "writing", "checking", "report")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class RegistrationOptions:
     model: str = "none"
     affine: str = "true"
     refine: int | None = None
+    fine: int | None = None
     fill: float | None = None
     keep_dtype: bool = False
     seed: int = 0
@@ -58,8 +59,9 @@ class RegistrationOptions:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.refine is not None and self.refine < 0:
-            raise ValueError(f"refine must be at least 0, got {self.refine}.")
+        for name, steps in (("refine", self.refine), ("fine", self.fine)):
+            if steps is not None and steps < 0:
+                raise ValueError(f"{name} must be at least 0, got {steps}.")
         if self.fill is not None and not math.isfinite(self.fill):
             raise ValueError(f"fill must be finite, got {self.fill}.")
         if not 0 <= self.seed < 2**31:
@@ -161,6 +163,9 @@ class Setting:
         self.parser["affine_stage#seed"] = options.seed
         default = self.parser["refine_alone" if self.model.weights is None else "refine_after_network"]
         self.refine = int(default) if options.refine is None else options.refine
+        # who wants no refinement wants none on the finer grid
+        default = self.parser["fine_steps"] if self.refine > 0 else 0
+        self.fine = int(default) if options.fine is None else options.fine
         self.thresholds = VerdictThresholds.of(self.parser["thresholds"])
         self.tolerance = float(self.parser["self_check_tolerance"])
         self.network = self.model.network(self.parser)
@@ -178,15 +183,19 @@ def _affine_stage(setting: Setting, options: RegistrationOptions, moving: Subjec
     return affine
 
 
-def _find_ddf(setting: Setting, pair: WorkingPair, clock: _Clock) -> torch.Tensor:
-    """The DDF ``(3, *grid)`` in voxels of the working grid."""
+def _find_ddf(setting: Setting, pair: WorkingPair, clock: _Clock) -> tuple[WorkingPair, torch.Tensor]:
+    """The pair on the finest grid that it was compared on, and the DDF ``(3, *grid)`` in voxels of that grid."""
     with clock.stage("network"):
         inferer = setting.get("inferer") if setting.network is not None else None
         ddf = pair.network_ddf(setting.network, inferer, setting.device)
     with clock.stage("refinement"):
         if setting.refine > 0:
             ddf = pair.refined_ddf(ddf, setting.get("refinement"), setting.refine)
-    return ddf.float().cpu()
+    with clock.stage("fine refinement"):
+        pair, ddf = pair.refined_on_finer_grid(
+            ddf, setting.get("fine_refinement"), setting.fine, setting.get("fine_grid")
+        )
+    return pair, ddf.float().cpu()
 
 
 def _numbers(pair: WorkingPair, ddf: torch.Tensor, outputs: Outputs, moving: Subject, fixed: Subject) -> dict[str, Any]:
@@ -219,10 +228,15 @@ def request_digest(files: PairFiles, options: RegistrationOptions, setting: Sett
     """
     given = {**asdict(files), "affine": options.affine if options.affine_source == "given" else None}
     paths = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
-    parts = [setting.get(name) for name in ("scale_intensity", "working_grid", "affine_stage", "refinement", "inferer")]
-    choices = (options.affine_source, options.fill, options.keep_dtype, options.seed, setting.refine)
+    stages = ("affine_stage", "inferer", "working_grid", "refinement", "fine_grid", "fine_refinement")
+    parts = [setting.get(name) for name in ("scale_intensity", *stages)]
+    choices = (options.affine_source, options.fill, options.keep_dtype, options.seed, setting.refine, setting.fine)
     numbers = (setting.model.sha256, setting.tolerance, asdict(setting.thresholds), version("monai-sacb"))
     return settings_digest(file_hashing(paths), choices, numbers, parts)
+
+
+def _described(grid: Grid) -> str:
+    return f"{grid.shape} voxels of {tuple(round(s, 3) for s in grid.spacing)} mm"
 
 
 def _sidecar(
@@ -230,6 +244,7 @@ def _sidecar(
     options: RegistrationOptions,
     setting: Setting,
     pair: WorkingPair,
+    grids: Mapping[str, Grid],
     written: Mapping[str, str],
     request: str,
 ) -> dict[str, Any]:
@@ -255,12 +270,12 @@ def _sidecar(
         "affine_source": options.affine_source,
         "model": None if model.weights is None else {"name": model.name, "sha256": model.sha256},
         "refine": setting.refine,
+        "fine": setting.fine,
         "seed": options.seed,
         "device": str(setting.device),
-        "working_grid": {
-            "shape": list(pair.grid.shape),
-            "affine": pair.grid.affine.tolist(),
-            "spacing": list(pair.grid.spacing),
+        **{
+            name: {"shape": list(grid.shape), "affine": grid.affine.tolist(), "spacing": list(grid.spacing)}
+            for name, grid in grids.items()
         },
         "files": dict(written),
         "versions": {"monai_sacb": __version__, **versions, "python": platform.python_version()},
@@ -272,9 +287,11 @@ def _sidecar(
 def _check_memory(setting: Setting, moving: Subject, fixed: Subject) -> None:
     """Refuse images that are too large for this machine, working grids being at most as large as they may be."""
     native = math.prod(moving.grid.shape) + math.prod(fixed.grid.shape)
-    working = min(native, setting.get("working_grid").get("max_voxels", native))
+    working, fine = (min(native, setting.get(name).get("max_voxels", native)) for name in ("working_grid", "fine_grid"))
     network = setting.model.weights is not None
-    check_memory(expected_memory_mb(setting.get("costs"), native, working, network, setting.refine))
+    if setting.fine == 0:
+        fine = 0
+    check_memory(expected_memory_mb(setting.get("costs"), native, working, network, setting.refine, fine))
 
 
 def register_files(
@@ -300,9 +317,12 @@ def register_files(
             _check_memory(setting, moving, fixed)
         with clock.stage("affine"):
             affine = _affine_stage(setting, options, moving, fixed) if given is None else given
-            pair = WorkingPair(moving, fixed, affine, setting.get("scale_intensity"), setting.get("working_grid"))
-        logger.info(f"working grid: {pair.grid.shape} voxels of {tuple(round(s, 3) for s in pair.grid.spacing)} mm")
-        ddf = _find_ddf(setting, pair, clock)
+            grid = pair_grid(moving, fixed, affine, setting.get("working_grid"))
+            pair = WorkingPair(moving, fixed, affine, setting.get("scale_intensity"), grid)
+        logger.info(f"working grid: {_described(grid)}")
+        pair, ddf = _find_ddf(setting, pair, clock)
+        # the second grid, where there was one
+        grids = {"working_grid": grid, **({} if pair.grid is grid else {"fine_grid": pair.grid})}
         with clock.stage("inverse"):
             outputs = Outputs(moving, fixed, pair.displacement(ddf), affine)
         with clock.stage("writing"):
@@ -313,7 +333,7 @@ def register_files(
             metrics["self_check"] = check_by_itk(outputs, folder, background, setting.tolerance)
             verdict, reasons = judge_registration(metrics, setting.thresholds)
         written |= {"transform_json": "transform.json", "metrics": "metrics.json", "report": "report.html"}
-        write_json(_sidecar(files, options, setting, pair, written, request), folder / "transform.json")
+        write_json(_sidecar(files, options, setting, pair, grids, written, request), folder / "transform.json")
         metrics = {"verdict": verdict, "reasons": reasons, **metrics}
         metrics |= {
             "thresholds": asdict(setting.thresholds),

@@ -16,7 +16,39 @@ from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping,
 from monai_sacb.data.working_grid import make_working_grid, resample_to_working_grid
 from monai_sacb.utils import plain_tensor
 
-__all__ = ["WorkingPair"]
+__all__ = ["WorkingPair", "finer_grid", "pair_grid"]
+
+# voxels of a finer grid are smaller at least by this factor, or it is not worth its time
+FINER = 0.9
+
+
+def pair_grid(moving: Subject, fixed: Subject, affine: torch.Tensor, options: Mapping[str, Any]) -> Grid:
+    """
+    A grid on which two subjects are compared.
+
+    Args:
+        moving, fixed: the two subjects.
+        affine: ``(4, 4)``, RAS millimetres, from the fixed image's space to the moving image's.
+        options: further arguments of :py:func:`monai_sacb.data.make_working_grid`.
+    """
+    return make_working_grid(fixed.grid, fixed.foreground, moving.grid, moving.foreground, affine, **options)
+
+
+def finer_grid(
+    coarse: Grid, moving: Subject, fixed: Subject, affine: torch.Tensor, options: Mapping[str, Any]
+) -> Grid | None:
+    """
+    A second grid for details, or None where the images have hardly more to show than the first one does.
+
+    Args:
+        coarse: the first grid.
+        moving, fixed, affine, options: as of :py:func:`pair_grid`.
+    """
+    detail = max(min(moving.grid.spacing), min(fixed.grid.spacing))
+    if detail >= FINER * max(coarse.spacing):
+        return None
+    grid = pair_grid(moving, fixed, affine, options)
+    return grid if max(grid.spacing) < FINER * max(coarse.spacing) else None
 
 
 class WorkingPair:
@@ -27,7 +59,7 @@ class WorkingPair:
         moving, fixed: the two subjects.
         affine: ``(4, 4)``, RAS millimetres, from the fixed image's space to the moving image's.
         scale_intensity: dictionary transform that brings the entry ``image`` to [0, 1].
-        grid_options: arguments of :py:func:`monai_sacb.data.make_working_grid`.
+        grid: such as of :py:func:`pair_grid`.
 
     Raises:
         ValueError: When the images have no voxel in common to be compared.
@@ -39,12 +71,9 @@ class WorkingPair:
         fixed: Subject,
         affine: torch.Tensor,
         scale_intensity: Callable[[dict[str, Any]], Any],
-        grid_options: Mapping[str, Any],
+        grid: Grid,
     ) -> None:
-        self.moving_subject, self.fixed_subject, self.affine = moving, fixed, affine
-        self.grid = make_working_grid(
-            fixed.grid, fixed.foreground, moving.grid, moving.foreground, affine, **grid_options
-        )
+        self.moving_subject, self.fixed_subject, self.affine, self.grid = moving, fixed, affine, grid
         self._scale_intensity = scale_intensity
         identity = torch.eye(4, dtype=torch.float64)
         self.fixed = self._scale(resample_to_working_grid(fixed.image, identity, self.grid, fixed.background))
@@ -118,6 +147,30 @@ class WorkingPair:
         }
         moving, fixed = (image[None].to(ddf.device) for image in (self.moving, self.fixed))
         return refinement(moving, fixed, ddf[None], iterations=iterations, **masks)[0]
+
+    def refined_on_finer_grid(
+        self, ddf: torch.Tensor, refinement: Callable[..., torch.Tensor], iterations: int, options: Mapping[str, Any]
+    ) -> tuple[WorkingPair, torch.Tensor]:
+        """
+        A field after instance optimization on a second, finer grid; the field as it is where there is none.
+
+        Args:
+            ddf: ``(3, *grid)`` in voxels of the grid.
+            refinement: such as :py:class:`monai_sacb.inferers.InstanceOptimization`.
+            iterations: its steps; none for 0.
+            options: of the finer grid, arguments of :py:func:`monai_sacb.data.make_working_grid`.
+
+        Returns:
+            the pair on the grid of the field, and the field in voxels of that grid.
+        """
+        moving, fixed, affine = self.moving_subject, self.fixed_subject, self.affine
+        grid = finer_grid(self.grid, moving, fixed, affine, options) if iterations > 0 else None
+        if grid is None:
+            return self, ddf
+        finer = WorkingPair(moving, fixed, affine, self._scale_intensity, grid)
+        vectors = self.displacement(ddf).resampled(grid).vectors
+        start = torch.einsum("ij,jdhw->idhw", torch.linalg.inv(grid.affine)[:3, :3].float(), vectors)
+        return finer, finer.refined_ddf(start.to(ddf.device), refinement, iterations)
 
     def displacement(self, ddf: torch.Tensor) -> PhysicalField:
         """A DDF ``(3, *grid.shape)`` in voxels of the grid, as RAS millimetres."""

@@ -22,7 +22,17 @@ from monai_sacb.utils import bundle_source, file_digest, read_checkpoint
 __all__ = ["RegistrationModel", "available_models", "find_model", "load_pretrained", "stored_setting"]
 
 # entries of the configs that a file beside weights may set
-SETTINGS = ("network_def", "working_grid", "refinement", "refine_alone", "refine_after_network", "thresholds")
+SETTINGS = (
+    "network_def",
+    "working_grid",
+    "refinement",
+    "refine_alone",
+    "refine_after_network",
+    "fine_grid",
+    "fine_refinement",
+    "fine_steps",
+    "thresholds",
+)
 
 # the first convolution of SACBNet, whose number of channels is base_channels
 FIRST_WEIGHT = "encoder.levels.0.0.conv.weight"

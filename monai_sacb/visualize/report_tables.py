@@ -198,7 +198,7 @@ def provenance(source: ReportSource) -> list[tuple[str, str]]:
     for key, value in transform.items():
         if key in ("fixed", "moving", "affine", "files", "format", "frame", "units", "affine_frame") or value is None:
             continue
-        if key == "working_grid" and isinstance(value, Mapping):
+        if key in ("working_grid", "fine_grid") and isinstance(value, Mapping):
             value = (
                 f"{_flat(value.get('shape'))} voxels of {_flat([round(s, 3) for s in value.get('spacing') or []])} mm"
             )
