@@ -21,17 +21,19 @@ COSTS = {
 
 
 @pytest.mark.parametrize(
-    ("native", "working", "network", "refine", "expected"),
+    ("native", "working", "network", "refine", "fine", "expected"),
     [
-        (0, 0, False, 0, 1000),
-        (2_000_000, 10**6, False, 0, 1100),
-        (2_000_000, 10**6, False, 5, 1400),
-        (2_000_000, 500_000, True, 5, 1300),
-        (210_000_000, 10**6, True, 0, 11_900),
+        (0, 0, False, 0, 0, 1000),
+        (2_000_000, 10**6, False, 0, 0, 1100),
+        (2_000_000, 10**6, False, 5, 0, 1400),
+        (2_000_000, 500_000, True, 5, 0, 1300),
+        # the two grids one after the other
+        (2_000_000, 500_000, True, 5, 10**6, 1400),
+        (210_000_000, 10**6, True, 0, 0, 11_900),
     ],
 )
-def test_expected(native: int, working: int, network: bool, refine: int, expected: float) -> None:
-    assert expected_memory_mb(COSTS, native, working, network, refine) == pytest.approx(expected)
+def test_expected(native: int, working: int, network: bool, refine: int, fine: int, expected: float) -> None:
+    assert expected_memory_mb(COSTS, native, working, network, refine, fine) == pytest.approx(expected)
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from synthetic_pair import MakePair, Pair, deformation, grid_points, write_itk
 from monai_sacb.apps import RegistrationResult, register
 from monai_sacb.apps import registration as stages
 from monai_sacb.networks.nets import SACBNet
+from monai_sacb.utils import file_digest
 
 OASIS = Path(__file__).resolve().parents[3] / "shared" / "data" / "oasis_trt20"
 ALIGNED: dict[str, Any] = {"affine": "false", "refine": 25}
@@ -220,6 +221,35 @@ def test_network_goes_through_the_same_door(pair: Pair, tmp_path: Path) -> None:
     assert sidecar["model"]["name"] == "net" and len(sidecar["model"]["sha256"]) == 64
 
 
+def test_details_on_a_finer_grid(pair: Pair, tmp_path: Path) -> None:
+    # a model whose working grid has voxels three times as large as those of the images
+    weights = tmp_path / "net.pt"
+    torch.save(SACBNet().state_dict(), weights)
+    card = {"sha256": file_digest(weights), "settings": {"working_grid#spacing": 6.0}}
+    weights.with_suffix(".json").write_text(json.dumps(card))
+    points = np.random.default_rng(0).uniform(-14, 14, (200, 3))
+    errors, grids = {}, {}
+    for fine in (0, 20):
+        output = tmp_path / f"fine_{fine}"
+        result = run(pair, output, model=str(weights), refine=40, fine=fine)
+        found = result.mapping.transform_points(torch.from_numpy(points)).numpy()
+        errors[fine] = np.linalg.norm(found - deformation(points), axis=1).mean()
+        grids[fine] = json.loads((output / "transform.json").read_text())
+    assert grids[0]["working_grid"]["spacing"] == pytest.approx([6] * 3) and "fine_grid" not in grids[0]
+    assert grids[20]["working_grid"] == grids[0]["working_grid"] and grids[20]["fine"] == 20
+    assert grids[20]["fine_grid"]["spacing"] == pytest.approx([2] * 3)
+    assert errors[20] < 0.8 * errors[0]
+    options = {**ALIGNED, "model": str(weights), "dry_run": True}
+    plan = register(fixed=pair.fixed, moving=pair.moving, output_dir=str(tmp_path / "plan"), **options)
+    assert isinstance(plan, dict) and plan["fine_grid"]["shape"] == grids[20]["fine_grid"]["shape"]
+    assert "refinement on a finer grid: 20 steps" in plan["stages"]
+
+
+@pytest.mark.parametrize(("refine", "fine", "expected"), [(0, None, 0), (5, None, 20), (0, 3, 3), (5, 0, 0)])
+def test_steps_on_a_finer_grid(refine: int, fine: int | None, expected: int) -> None:
+    assert stages.Setting(stages.RegistrationOptions(refine=refine, fine=fine, device="cpu")).fine == expected
+
+
 def test_masks_restrict_the_similarity_and_nothing_else(pair: Pair, tmp_path: Path) -> None:
     """What lies outside the masks has no influence, but is still carried along."""
     image = nib.load(pair.moving)
@@ -368,6 +398,7 @@ def test_bad_list_of_pairs(tmp_path: Path, content: str, message: str) -> None:
 
 ILL_OPTIONS = [
     ({"refine": -1}, "refine must be at least 0, got -1"),
+    ({"fine": -2}, "fine must be at least 0, got -2"),
     ({"fill": float("nan")}, "fill must be finite, got nan"),
     ({"seed": -1}, "seed must be from 0"),
     ({"num_threads": 0}, "num_threads must be from 1 to 256, got 0"),
