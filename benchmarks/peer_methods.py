@@ -21,8 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
+
+from monai_sacb.data import Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundle" / "configs"
@@ -254,6 +257,31 @@ class Optimization(Method):
         return result[0].numpy(), None
 
 
+class Application(Method):
+    """``monai_sacb.apps.register`` as its users have it: from files to files, its affine stage and report included."""
+
+    def __init__(self, threads: int, model: str) -> None:
+        super().__init__(threads)
+        self.model = model
+        self.folder = tempfile.TemporaryDirectory()
+
+    def register(self, moving: np.ndarray, fixed: np.ndarray, spacing: Sequence[float]) -> Any:
+        from monai_sacb.apps import register
+
+        paths = {}
+        for name, image in (("moving", moving), ("fixed", fixed)):
+            paths[name] = os.path.join(self.folder.name, f"{name}.nii.gz")
+            nib.save(nib.Nifti1Image(np.asarray(image, np.float32), np.diag([*spacing, 1.0])), paths[name])
+        return register(**paths, output_dir=os.path.join(self.folder.name, "out"), model=self.model)
+
+    def field(self, result: Any, moving: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
+        affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+        # both stages in one
+        field = result.mapping.flatten(Grid((moving.shape[0], moving.shape[1], moving.shape[2]), affine))
+        warped = np.asarray(nib.load(result.files["warped"]).dataobj)
+        return field.vectors.numpy() / np.reshape(spacing, (3, 1, 1, 1)), warped
+
+
 METHODS: Mapping[str, tuple[type[Method], tuple[Any, ...]]] = {
     "identity": (Identity, ()),
     "syn": (Ants, (SYN,)),
@@ -262,6 +290,8 @@ METHODS: Mapping[str, tuple[type[Method], tuple[Any, ...]]] = {
     "greedy": (Greedy, ()),
     "elastix": (Elastix, ()),
     "convexadam": (ConvexAdam, ()),
+    "application": (Application, ("none",)),
+    "application_brain": (Application, ("brain",)),
 }
 
 

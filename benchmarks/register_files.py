@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model", default="none")
     parser.add_argument("--refine", type=int)
+    parser.add_argument("--fine", type=int)
     parser.add_argument("--greedy", action="store_true")
     options = parser.parse_args()
     numbering = read_groups()
@@ -104,6 +105,7 @@ def main() -> None:
                 output_dir=str(options.output_dir / name),
                 model=options.model,
                 refine=options.refine,
+                fine=options.fine,
             )
             seconds = time.perf_counter() - start
             if not isinstance(result, RegistrationResult):
