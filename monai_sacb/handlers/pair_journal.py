@@ -79,7 +79,7 @@ class PairJournal:
     def _others(self) -> dict[int, Path]:
         """The files of other ranks, perhaps of an earlier run with more of them."""
         files = self._main.parent.glob(f"{glob.escape(self._main.stem)}.*{self._main.suffix}")
-        ranks = {file.name[len(self._main.stem) + 1 : -len(self._main.suffix)]: file for file in files}
+        ranks = {file.name.removesuffix(self._main.suffix)[len(self._main.stem) + 1 :]: file for file in files}
         return {int(rank): file for rank, file in sorted(ranks.items()) if rank.isdigit()}
 
     def attach(self, engine: Workflow) -> None:
@@ -108,6 +108,7 @@ class PairJournal:
             whole = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
             rows = {int(line["pair"]): line for line in whole}
             for row in rows.values():
+                row["moving"], row["fixed"] = str(row["moving"]), str(row["fixed"])
                 row["values"] = {name: [_decoded(v) for v in column] for name, column in row["values"].items()}
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"'{path}' is not the journal of an evaluation; remove it to begin anew.") from error
