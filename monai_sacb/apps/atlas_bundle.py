@@ -107,11 +107,21 @@ def _ids(atlases: Sequence[Subject]) -> list[int]:
 
 
 def _self_contained(value: Any) -> bool:
-    """Whether an entry of a config refers to no other."""
+    """Whether an entry of a config refers to no other, and is what JSON can hold."""
     if isinstance(value, str):
         return not value.startswith(("$", "@", "%"))
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return all(map(_self_contained, entries))
+    if isinstance(value, (Mapping, list)):
+        return all(map(_self_contained, value.values() if isinstance(value, Mapping) else value))
+    return value is None or isinstance(value, (int, float))
+
+
+def _as_config(value: Any) -> Any:
+    """A parsed entry, with the components in it, as it stands in a config."""
+    if isinstance(value, ConfigComponent):
+        value = value.get_config()
+    if isinstance(value, Mapping):
+        return {key: _as_config(entry) for key, entry in value.items()}
+    return [_as_config(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -121,12 +131,12 @@ def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[s
     # what depends on the weights is known now; a parser of its own, since the other has made the network already
     network_def = ConfigParser(setting.parser.get()).get_parsed_content("network_def", instantiate=False)
     if isinstance(network_def, ConfigComponent):
-        entries["network_def"] = network_def.get_config()
+        entries["network_def"] = _as_config(network_def)
     for name, entry in entries.items():
         if not _self_contained(entry):
             raise ValueError(
                 f"the model '{setting.model.name}' cannot be put into a label bundle: the entry '{name}' of its "
-                "configs refers to others."
+                "configs refers to others, or holds what JSON does not."
             )
     # of the label bundle, the network is all of it together
     network = entries.pop("network_def")

@@ -14,16 +14,15 @@ from ignite.engine import Events
 from torch.utils.data import Dataset, Subset
 
 from monai.engines import Workflow
+from monai.utils import optional_import
 
 from monai_sacb.handlers.pair_metric import pair_items
 from monai_sacb.utils import from_writer, is_writer, pair_names, process_rank, world_size
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = ["PairJournal"]
+
+# not on Windows, where nothing is locked
+fcntl, has_fcntl = optional_import("fcntl")
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -124,7 +123,7 @@ class PairJournal:
         return rows
 
     def _lock(self, file: IO[str]) -> None:
-        if fcntl is None:
+        if not has_fcntl:
             return
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

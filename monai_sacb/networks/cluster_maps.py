@@ -53,6 +53,14 @@ class ClusterRecorder:
         return _registration_network(network) is not None
 
     def __enter__(self) -> ClusterRecorder:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Forget what has been recorded, and record from now on."""
         self.stop()
         for labels, block in zip(self._labels, self._blocks):
             labels.clear()
@@ -62,10 +70,6 @@ class ClusterRecorder:
 
             # looked up now: another clusterer may have been assigned since
             self._hooks.append(block.clusterer.register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """Record no more."""

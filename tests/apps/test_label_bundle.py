@@ -24,7 +24,7 @@ from monai.data import MetaTensor
 
 from monai_sacb.apps import AtlasSegmentation, label_bundle, register
 from monai_sacb.apps.cli import main
-from monai_sacb.networks.nets import SACBNet
+from monai_sacb.networks.nets import ResNetPyramidEncoder, SACBNet
 from monai_sacb.utils import bundle_source
 
 IDS = [3, 1021]
@@ -465,6 +465,29 @@ def test_model_that_is_part_of_a_larger_config(pair: Pair, tmp_path: Path) -> No
     folder = label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, model=str(other))
     network = json.loads((Path(folder) / "configs" / "inference.json").read_text())["registration_network"]
     assert (network["base_channels"], network["self_similarity"]) == (2, False)
+
+
+def test_model_with_another_encoder(pair: Pair, tmp_path: Path) -> None:
+    """A component within the network's entry, which refers to its neighbours."""
+    other = tmp_path / "other"
+    shutil.copytree(bundle_source() / "configs", other / "configs")
+    path = other / "configs" / "inference.json"
+    config = json.loads(path.read_text())
+    overlay = json.loads((other / "configs" / "encoder_resnet.json").read_text())
+    config["network_def"].update({name.partition("#")[2]: entry for name, entry in overlay.items()})
+    path.write_text(json.dumps(config))
+    (other / "models").mkdir()
+    torch.manual_seed(0)
+    network = SACBNet(encoder=ResNetPyramidEncoder())
+    torch.save(network.state_dict(), other / "models" / "model.pt")
+    given = {"model": str(other), "affine": False, "refine": 0}
+    task = LabelTask(label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, **given))
+    assert isinstance(task.network.network.encoder, ResNetPyramidEncoder)
+    assert set(np.unique(task(pair.fixed)[0])) == {0, *IDS}
+    config["network_def"]["negative_slope"] = "$torch.float32"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the entry 'network_def' of its configs"):
+        label_bundle(str(tmp_path / "none"), pair.moving, pair.moving_label, **given)
 
 
 def test_command(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
