@@ -174,10 +174,11 @@ def by_client(address: str, model: str, image: str) -> tuple[Path, dict[str, Any
 
 
 def scores(found: dict[int, float], groups: dict[str, set[int]]) -> str:
-    parts = {"all": set(found), **groups}
-    return ", ".join(
-        f"{name} {statistics.fmean(v for i, v in found.items() if i in ids):.4f}" for name, ids in parts.items()
-    )
+    parts = []
+    for name, ids in {"all": set(found), **groups}.items():
+        values = [value for i, value in found.items() if i in ids]
+        parts.append(f"{name} {statistics.fmean(values):.4f}" if values else f"{name} none")
+    return ", ".join(parts)
 
 
 def main() -> None:
@@ -189,6 +190,8 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=8)
     parser.add_argument("--log", type=Path, default=Path("label_server.log"))
     options = parser.parse_args()
+    if options.labels and len(options.labels) != len(options.images):
+        parser.error(f"{len(options.images)} images and {len(options.labels)} label maps do not belong together")
     # as an interruption does: the server is stopped, and the folder removed
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("stopped"))

@@ -8,6 +8,7 @@ import csv
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -44,10 +45,15 @@ def _read_csv(path: str) -> list[tuple[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"cannot read atlases '{path}': {reason}.") from error
-    if not rows or any(set(row) != {"image", "label"} or not row["image"] or not row["label"] for row in rows):
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read atlases '{path}': {error.strerror}.") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read atlases '{path}': {error}.") from error
+
+    def is_complete(row: Mapping[str, Any]) -> bool:
+        return set(row) == {"image", "label"} and all((name or "").strip() for name in row.values())
+
+    if not rows or not all(map(is_complete, rows)):
         raise ValueError(f"atlases '{path}' must have the columns image and label, and a file of both in each line.")
     first, second = (
         [str(root / os.path.expanduser(row[column].strip())) for row in rows] for column in ("image", "label")
@@ -71,7 +77,8 @@ def _read_names(path: str | None) -> dict[int, str]:
     wrong = [key for key, name in names.items() if not isinstance(name, str) or not name.strip()]
     if wrong:
         raise ValueError(f"names '{path}' gives the label {wrong[0]} no name, but {names[wrong[0]]!r}.")
-    return {key: name.strip() for key, name in names.items()}
+    # in one line, as they stand in tables
+    return {key: " ".join(name.split()) for key, name in names.items()}
 
 
 def _label_names(ids: Sequence[int], given: Mapping[int, str]) -> dict[int, str]:
@@ -100,11 +107,21 @@ def _ids(atlases: Sequence[Subject]) -> list[int]:
 
 
 def _self_contained(value: Any) -> bool:
-    """Whether an entry of a config refers to no other."""
+    """Whether an entry of a config refers to no other, and is what JSON can hold."""
     if isinstance(value, str):
         return not value.startswith(("$", "@", "%"))
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return all(map(_self_contained, entries))
+    if isinstance(value, (Mapping, list)):
+        return all(map(_self_contained, value.values() if isinstance(value, Mapping) else value))
+    return value is None or isinstance(value, (int, float))
+
+
+def _as_config(value: Any) -> Any:
+    """A parsed entry, with the components in it, as it stands in a config."""
+    if isinstance(value, ConfigComponent):
+        value = value.get_config()
+    if isinstance(value, Mapping):
+        return {key: _as_config(entry) for key, entry in value.items()}
+    return [_as_config(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -114,12 +131,12 @@ def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[s
     # what depends on the weights is known now; a parser of its own, since the other has made the network already
     network_def = ConfigParser(setting.parser.get()).get_parsed_content("network_def", instantiate=False)
     if isinstance(network_def, ConfigComponent):
-        entries["network_def"] = network_def.get_config()
+        entries["network_def"] = _as_config(network_def)
     for name, entry in entries.items():
         if not _self_contained(entry):
             raise ValueError(
                 f"the model '{setting.model.name}' cannot be put into a label bundle: the entry '{name}' of its "
-                "configs refers to others."
+                "configs refers to others, or holds what JSON does not."
             )
     # of the label bundle, the network is all of it together
     network = entries.pop("network_def")
@@ -202,7 +219,9 @@ def _readme(
         .read_text(encoding="utf-8")
         .format(
             name=name,
-            folder=folder,
+            name_of_folder=folder,
+            folder=shlex.quote(folder),
+            configs=shlex.quote(f"{folder}/configs/inference.json"),
             version=__version__,
             what="an atlas is" if number == 1 else f"{number} atlases are",
             stages=", ".join(stages),
@@ -210,7 +229,7 @@ def _readme(
             own_header=" id in the atlas |" if renumbered else "",
             own_rule="---|" if renumbered else "",
             labels="\n".join(
-                f"| {label} | {text} |" + (f" {before} |" if renumbered else "")
+                f"| {label} | {text.replace('|', chr(92) + '|')} |" + (f" {before} |" if renumbered else "")
                 for (label, text), before in zip(names.items(), own)
             ),
         )
@@ -298,6 +317,8 @@ def label_bundle(
     taken = [word for word in OTHER_KINDS if word in target.name.lower()]
     if taken:
         raise ValueError(f"'{target.name}' has '{taken[0]}' in it, by which MONAI Label would not segment.")
+    if "," in target.name:
+        raise ValueError(f"'{target.name}' has a comma in it, where MONAI Label takes one name for two.")
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got '{fusion}'.")
     if (atlases is None) == (atlas_image is None and atlas_label is None):

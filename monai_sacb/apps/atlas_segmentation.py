@@ -177,8 +177,10 @@ class AtlasSegmentation(nn.Module):
         for index, volume in enumerate(volumes):
             affine: torch.Tensor = image.affine if isinstance(image, MetaTensor) else torch.eye(4)
             affine = (affine[index] if affine.dim() == 3 else affine).detach().cpu().double()
-            if not bool(torch.isfinite(volume).all()) or bool((volume == volume.flatten()[0]).all()):
-                raise ValueError("image must be finite and not constant; there is nothing to register.")
+            bad, (low, high) = int((~torch.isfinite(volume)).sum()), torch.aminmax(volume)
+            if bad or low == high:
+                what = f"{bad} NaN or infinite voxels" if bad else f"{float(low):g} everywhere"
+                raise ValueError(f"image must be finite and not constant, got {what} in subject {index} of the batch.")
             placed = MetaTensor(volume, affine=affine)
             subject = Subject("fixed", "the subject", placed, foreground_mask(placed), background_value(placed))
             label, numbers = self._segment(subject, image.device)

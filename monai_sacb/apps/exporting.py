@@ -89,6 +89,20 @@ def _save_onnx(network: nn.Module, path: Path, example: torch.Tensor) -> None:
     onnx.save(content, str(path))
 
 
+def _check_form(network: nn.Module, path: Path, size: Sequence[int] | None) -> None:
+    """Whether there can be such a file of the network; with a size, it is not TorchScript."""
+    dims = int(getattr(network, "spatial_dims", 3))
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"a network is exported to a file {', '.join(SUFFIXES)}, got the ending '{path.suffix}'.")
+    if path.suffix == ".onnx" and not (has_onnx and has_onnxruntime):
+        raise ModuleNotFoundError("export to .onnx needs more packages: pip install 'monai-sacb[export]'.")
+    if path.suffix == ".ts":
+        if size is not None:
+            raise ValueError(f"a .ts file takes images of any size; it has none of its own, got size {list(size)}.")
+    elif size is None or len(size) != dims or min(size) < 1:
+        raise ValueError(f"a {path.suffix} file takes images of one size, {dims} numbers of voxels; got size {size}.")
+
+
 def save_exported(
     network: nn.Module, path: str | os.PathLike[str], size: Sequence[int] | None, model: RegistrationModel | None = None
 ) -> None:
@@ -106,18 +120,10 @@ def save_exported(
         ModuleNotFoundError: When a package for ``.onnx`` is missing.
     """
     path = Path(path)
-    dims = int(getattr(network, "spatial_dims", 3))
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"a network is exported to a file {', '.join(SUFFIXES)}, got the ending '{path.suffix}'.")
-    if path.suffix == ".onnx" and not (has_onnx and has_onnxruntime):
-        raise ModuleNotFoundError("export to .onnx needs more packages: pip install 'monai-sacb[export]'.")
-    if path.suffix == ".ts":
-        if size is not None:
-            raise ValueError("a .ts file takes images of any size; it has no size of its own.")
+    _check_form(network, path, size)
+    if size is None:
         _save_torchscript(network, path, model)
         return
-    if size is None or len(size) != dims or min(size) < 1:
-        raise ValueError(f"a {path.suffix} file takes images of one size, {dims} numbers of voxels; got size {size}.")
     example = _test_pair(BATCH, int(getattr(network, "in_channels", 1)), size)
     with torch.no_grad():
         if path.suffix == ".onnx":
@@ -133,8 +139,13 @@ def load_exported(path: str | os.PathLike[str]) -> Runner:
 
     Args:
         path: the file.
+
+    Raises:
+        ValueError: When the ending is another.
     """
     path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"an exported network is a file {', '.join(SUFFIXES)}, got the ending '{path.suffix}'.")
     if path.suffix == ".ts":
         scripted: Runner = load_net_with_metadata(str(path))[0]
         return scripted
@@ -209,6 +220,8 @@ def export(model: str, output: str, size: str | None = None) -> dict[str, Any]:
     network = found.network(found.parser(device=torch.device("cpu")))
     if network is None:
         raise ValueError(f"'{model}' is no network; nothing can be exported.")
+    # before there is anything on the disk
+    _check_form(network, Path(output), spatial)
     sizes = [spatial] if spatial is not None else ANY_SIZES[int(getattr(network, "spatial_dims", 3))]
     with replacing(output) as temporary, tqdm(total=1 + len(sizes), desc="exporting", leave=False) as bar:
         save_exported(network, temporary, spatial, found)

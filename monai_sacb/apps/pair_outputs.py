@@ -21,7 +21,8 @@ import torch
 from monai.data import MetaTensor
 
 from monai_sacb.apps.pair_reading import Subject
-from monai_sacb.data.displacement_files import lps_affine, write_displacement
+from monai_sacb.data.displacement_files import write_displacement
+from monai_sacb.data.frames import lps_affine
 from monai_sacb.data.itk_images import array_to_itk, quiet_itk, read_itk_header
 from monai_sacb.data.point_files import PointSet, write_point_set
 from monai_sacb.data.spatial_mapping import (

@@ -23,6 +23,7 @@ import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from monai_sacb.data.frames import lps_affine, turned_vectors
 from monai_sacb.data.itk_images import quiet_itk, read_itk_header
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField
 from monai_sacb.data.voxel_fields import ddf_to_displacement, displacement_to_ddf
@@ -41,7 +42,6 @@ __all__ = [
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VECTOR_IMAGE_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-LPS = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -73,11 +73,6 @@ def read_failure(error: BaseException) -> str:
     lines = [re.sub(noise, "", line.strip()) for line in str(error).splitlines()]
     line = next((line for line in lines if line and not re.search(r"\.[ch]xx:\d+:$", line)), "").rstrip(".:")
     return line or type(error).__name__
-
-
-def lps_affine(affine: torch.Tensor) -> np.ndarray:
-    """Voxels to LPS millimetres, from voxels to RAS millimetres, or back."""
-    return (torch.cat([LPS, torch.ones(1, dtype=torch.float64)])[:, None] * affine.double().cpu()).numpy()
 
 
 # ---- images of vectors ----
@@ -124,7 +119,7 @@ def write_displacement(field: PhysicalField, path: str | os.PathLike[str]) -> No
     """
     if not has_suffix(Path(path), NIFTI_SUFFIXES):
         raise ValueError(f"a displacement image must end in .nii or .nii.gz, got '{Path(path).name}'.")
-    save_displacement(field.vectors * LPS.to(field.vectors).view(3, 1, 1, 1), field.affine, path)
+    save_displacement(turned_vectors(field.vectors), field.affine, path)
 
 
 def _read_nifti(path: Path) -> tuple[Any, tuple[int, ...], torch.Tensor]:
@@ -160,7 +155,7 @@ def _nifti_displacement(path: Path) -> PhysicalField:
         raise ValueError(f"it is a transform of NiftyReg ('{name}'), which is not in ITK's form")
     vectors = np.asarray(image.dataobj, dtype=np.float32)[:, :, :, 0]
     tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(vectors, -1, 0)))
-    return PhysicalField(tensor * LPS.float().view(3, 1, 1, 1), affine)
+    return PhysicalField(turned_vectors(tensor), affine)
 
 
 def field_from_itk_image(image: Any) -> PhysicalField:
@@ -173,8 +168,8 @@ def field_from_itk_image(image: Any) -> PhysicalField:
     geometry[:3, 3] = torch.tensor(list(image.GetOrigin()), dtype=torch.float64)
     if not bool(torch.isfinite(geometry).all()) or float(torch.linalg.det(geometry)) == 0:
         raise ValueError("the grid of its field has no volume")
-    vectors = torch.from_numpy(np.ascontiguousarray(array)) * LPS.float().view(3, 1, 1, 1)
-    return PhysicalField(vectors, torch.from_numpy(lps_affine(geometry)))
+    vectors = torch.from_numpy(np.ascontiguousarray(array))
+    return PhysicalField(turned_vectors(vectors), torch.from_numpy(lps_affine(geometry)))
 
 
 def _itk_displacement(path: Path) -> PhysicalField:
@@ -240,7 +235,7 @@ def ddf_from_field(field: PhysicalField, moving_grid: Grid | None = None) -> tor
     Returns:
         ``(3, D, H, W)``, float32, pull-back: the partner of the voxel p is the voxel ``p + ddf(p)`` of the moving grid.
     """
-    vectors = field.vectors.double() * LPS.view(3, 1, 1, 1)
+    vectors = turned_vectors(field.vectors.double())
     return displacement_to_ddf(vectors, field.affine, field.affine if moving_grid is None else moving_grid.affine)
 
 
@@ -262,8 +257,8 @@ def field_from_ddf(ddf: torch.Tensor, fixed_grid: Grid, moving_grid: Grid | None
     if tuple(ddf.shape) != (3, *fixed_grid.shape):
         raise ValueError(f"a field on the grid {fixed_grid.shape} must have shape (3, D, H, W), got {list(ddf.shape)}.")
     moving = fixed_grid if moving_grid is None else moving_grid
-    vectors = ddf_to_displacement(ddf, fixed_grid.affine, moving.affine) * LPS.float().view(3, 1, 1, 1)
-    return PhysicalField(vectors, fixed_grid.affine)
+    vectors = ddf_to_displacement(ddf, fixed_grid.affine, moving.affine)
+    return PhysicalField(turned_vectors(vectors), fixed_grid.affine)
 
 
 def write_voxel_ddf(field: PhysicalField, path: str | os.PathLike[str], moving_grid: Grid | None = None) -> None:

@@ -22,16 +22,15 @@ import numpy as np
 import torch
 
 from monai_sacb.data.displacement_files import (
-    LPS,
     NIFTI_SUFFIXES,
     READ_ERRORS,
     VECTOR_IMAGE_SUFFIXES,
     field_from_itk_image,
     has_suffix,
-    lps_affine,
     read_displacement,
     read_failure,
 )
+from monai_sacb.data.frames import LPS_TO_RAS, lps_affine, turned_vectors
 from monai_sacb.data.itk_images import place_itk_image, quiet_itk
 from monai_sacb.data.spatial_mapping import PhysicalField, SpatialMapping
 from monai_sacb.utils import replacing
@@ -55,7 +54,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # an affine in MATLAB's form has a few hundred bytes
 MAX_MATLAB_BYTES = 1 << 20
 # a matrix of RAS points made one of LPS points, and back
-LPS_SIGNS = np.array([-1.0, -1.0, 1.0, 1.0])
 
 
 def mapping_to_itk(mapping: SpatialMapping) -> Any:
@@ -81,7 +79,7 @@ def mapping_to_itk(mapping: SpatialMapping) -> Any:
 
 def _affine_to_itk(affine: torch.Tensor) -> Any:
     # a mapping in LPS: turned before and after, unlike a grid's affine
-    matrix = lps_affine(affine) * LPS_SIGNS
+    matrix = lps_affine(affine) @ LPS_TO_RAS
     transform = itk.AffineTransform[itk.D, 3].New()
     transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(matrix[:3, :3])))
     transform.SetOffset(matrix[:3, 3].tolist())
@@ -92,7 +90,7 @@ def _field_to_itk(field: PhysicalField) -> Any:
     geometry = lps_affine(field.affine)
     if not np.isfinite(geometry).all() or np.linalg.det(geometry) == 0:
         raise ValueError(f"the grid of a field must have a volume, got the affine {field.affine.tolist()}.")
-    vectors = field.vectors.detach().cpu() * LPS.float().view(3, 1, 1, 1)
+    vectors = turned_vectors(field.vectors.detach().cpu())
     # memory of ITK's own: that of an array would not live as long as the transform
     image = itk.Image[itk.Vector[itk.D, 3], 3].New()
     image.SetRegions([int(size) for size in vectors.shape[1:]])
@@ -146,7 +144,7 @@ def _stages(transform: Any) -> list[torch.Tensor | PhysicalField]:
         probe = [91.0, -57.0, 33.0]
         # some classes inherit the word linear without being so
         if not np.isfinite(matrix).all() or np.allclose(matrix[:3, :3] @ probe + matrix[:3, 3], moved(probe)):
-            return [torch.from_numpy(lps_affine(torch.from_numpy(matrix)) * LPS_SIGNS)]
+            return [torch.from_numpy(lps_affine(torch.from_numpy(matrix)) @ LPS_TO_RAS)]
     raise ValueError(f"it holds a {name}; only linear transforms and displacement fields can be read")
 
 

@@ -26,12 +26,12 @@ from nibabel.spatialimages import HeaderDataError
 from monai.data import MetaTensor
 
 from monai_sacb.data.displacement_files import NIFTI_SUFFIXES
+from monai_sacb.data.frames import LPS_TO_RAS
 from monai_sacb.data.itk_images import array_to_itk, itk_reason, quiet_itk, read_itk_header
 from monai_sacb.utils import plain_tensor, replacing
 
 __all__ = ["VOLUME_SUFFIXES", "check_overlap", "read_label_volume", "read_mask_volume", "read_volume", "write_volume"]
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
 # of the images that ITK's package for Python writes
 ITK_TYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")

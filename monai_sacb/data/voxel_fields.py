@@ -19,6 +19,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import zoom
 
+from monai_sacb.data.frames import turned_vectors
 from monai_sacb.networks.layers import reference_grid
 from monai_sacb.utils import first_line, replacing
 
@@ -82,8 +83,7 @@ def ddf_to_displacement(ddf: torch.Tensor, fixed_affine: torch.Tensor, moving_af
     column = (3, *[1] * dims)
     partner = torch.einsum("ij,j...->i...", moving[:3, :dims], voxels + ddf) + moving[:3, 3].view(column)
     place = torch.einsum("ij,j...->i...", fixed[:3, :dims], voxels) + fixed[:3, 3].view(column)
-    lps = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64, device=ddf.device).view(column)
-    return (lps * (partner - place)).float()
+    return turned_vectors(partner - place).float()
 
 
 def displacement_to_ddf(
@@ -112,10 +112,9 @@ def displacement_to_ddf(
     fixed, moving = (torch.as_tensor(a, dtype=torch.float64, device=device) for a in (fixed_affine, moving_affine))
     inverse = torch.linalg.inv(moving)
     voxels = reference_grid(list(displacement.shape[1:]), device).double()
-    lps = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64, device=device).view(3, 1, 1, 1)
     between = inverse @ fixed
     partner = torch.einsum("ij,jdhw->idhw", between[:3, :3], voxels) + between[:3, 3].view(3, 1, 1, 1)
-    partner = partner + torch.einsum("ij,jdhw->idhw", inverse[:3, :3], lps * displacement.double())
+    partner = partner + torch.einsum("ij,jdhw->idhw", inverse[:3, :3], turned_vectors(displacement.double()))
     return (partner - voxels).float()
 
 

@@ -42,7 +42,7 @@ class ClusterMaps:
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._forward_completed)
 
     def _started(self, engine: Workflow) -> None:
-        self.recorder.__enter__()
+        self.recorder.start()
 
     def _forward_completed(self, engine: Workflow) -> None:
         self.recorder.stop()

@@ -14,16 +14,15 @@ from ignite.engine import Events
 from torch.utils.data import Dataset, Subset
 
 from monai.engines import Workflow
+from monai.utils import optional_import
 
 from monai_sacb.handlers.pair_metric import pair_items
 from monai_sacb.utils import from_writer, is_writer, pair_names, process_rank, world_size
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = ["PairJournal"]
+
+# not on Windows, where nothing is locked
+fcntl, has_fcntl = optional_import("fcntl")
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -79,7 +78,7 @@ class PairJournal:
     def _others(self) -> dict[int, Path]:
         """The files of other ranks, perhaps of an earlier run with more of them."""
         files = self._main.parent.glob(f"{glob.escape(self._main.stem)}.*{self._main.suffix}")
-        ranks = {file.name[len(self._main.stem) + 1 : -len(self._main.suffix)]: file for file in files}
+        ranks = {file.name.removesuffix(self._main.suffix)[len(self._main.stem) + 1 :]: file for file in files}
         return {int(rank): file for rank, file in sorted(ranks.items()) if rank.isdigit()}
 
     def attach(self, engine: Workflow) -> None:
@@ -108,6 +107,7 @@ class PairJournal:
             whole = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
             rows = {int(line["pair"]): line for line in whole}
             for row in rows.values():
+                row["moving"], row["fixed"] = str(row["moving"]), str(row["fixed"])
                 row["values"] = {name: [_decoded(v) for v in column] for name, column in row["values"].items()}
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"'{path}' is not the journal of an evaluation; remove it to begin anew.") from error
@@ -123,7 +123,7 @@ class PairJournal:
         return rows
 
     def _lock(self, file: IO[str]) -> None:
-        if fcntl is None:
+        if not has_fcntl:
             return
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,7 @@ class RegistrationImages:
 
     def _started(self, engine: Workflow) -> None:
         if self.recorder is not None and self._is_shown(engine):
-            self.recorder.__enter__()
+            self.recorder.start()
 
     def _forward_completed(self, engine: Workflow) -> None:
         if self.recorder is not None:

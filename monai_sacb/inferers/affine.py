@@ -18,12 +18,12 @@ from scipy.spatial.transform import Rotation
 from monai.data import MetaTensor
 
 from monai_sacb.data.foreground import CT_AIR, foreground_mask
+from monai_sacb.data.frames import LPS_TO_RAS
 from monai_sacb.data.itk_images import array_to_itk, itk_reason
 from monai_sacb.utils import check_count, image_name, plain_tensor
 
 __all__ = ["AffineRegistration", "estimate_affine"]
 
-FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Hounsfield units: what lies below is padding, not air
 CT_LOWEST = -1024.0
 # intensities beyond these shares of the voxels do not stretch the histogram
@@ -100,7 +100,7 @@ def _prepare(image: Any, mask: Any, name: str) -> _Image:
         low, high = float(array.min()), float(array.max())
     if high <= low:
         raise ValueError(f"{named} is constant, {low:g} everywhere; there is nothing to register.")
-    return _Image((array.clip(low, high) - low) / (high - low), FLIP @ affine, foreground, selected)
+    return _Image((array.clip(low, high) - low) / (high - low), LPS_TO_RAS @ affine, foreground, selected)
 
 
 def _coarser(image: _Image, spacing: float) -> _Image:
@@ -376,7 +376,7 @@ class AffineRegistration:
             given = torch.as_tensor(initial, dtype=torch.float64).cpu().numpy()
             if given.shape != (4, 4) or not np.isfinite(given).all() or abs(np.linalg.det(given)) < 1e-12:
                 raise ValueError(f"initial must be a finite affine (4, 4) that can be inverted, got {given.tolist()}.")
-            starts.append(FLIP @ given @ FLIP)
+            starts.append(LPS_TO_RAS @ given @ LPS_TO_RAS)
         try:
             affine = self._register(*images, starts, progress or (lambda stage: None))
         except RuntimeError as error:
@@ -390,7 +390,7 @@ class AffineRegistration:
                 f"an affine: neither by their headers nor by their centres of mass do they overlap by "
                 f"{100 * MIN_OVERLAP:g} % and have anything in common; look at the masks, where there are any."
             )
-        return torch.from_numpy(np.ascontiguousarray(FLIP @ affine @ FLIP))
+        return torch.from_numpy(np.ascontiguousarray(LPS_TO_RAS @ affine @ LPS_TO_RAS))
 
     def _register(
         self, moving: _Image, fixed: _Image, starts: list[np.ndarray], progress: Callable[[str], None]

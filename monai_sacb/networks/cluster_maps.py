@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from monai_sacb.networks.blocks import SACBlock
+from monai_sacb.networks.nets import SACBNet
 
 __all__ = ["CLUSTER_LEVELS", "ClusterRecorder", "cluster_labels"]
 
@@ -18,10 +18,10 @@ __all__ = ["CLUSTER_LEVELS", "ClusterRecorder", "cluster_labels"]
 CLUSTER_LEVELS = (2, 3, 4, 5)
 
 
-def _blocks(network: nn.Module) -> list[SACBlock]:
-    """The blocks of a network, finest first."""
-    found = [module for module in network.modules() if isinstance(module, SACBlock)]
-    return found[::-1]
+def _registration_network(network: nn.Module) -> SACBNet | None:
+    """The network itself, or the one in a module around it, where it has as many levels as the paper's."""
+    found = next((module for module in network.modules() if isinstance(module, SACBNet)), None)
+    return found if found is not None and len(found.estimators) == len(CLUSTER_LEVELS) else None
 
 
 class ClusterRecorder:
@@ -32,28 +32,37 @@ class ClusterRecorder:
         network: a :py:class:`monai_sacb.networks.nets.SACBNet`, or a module around one.
 
     Raises:
-        ValueError: When the network has not one :py:class:`monai_sacb.networks.blocks.SACBlock` on each of its levels
-            2 to 5.
+        ValueError: When there is no ``SACBNet``, or not one of five levels.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._found = _blocks(network)
-        if len(self._found) != len(CLUSTER_LEVELS):
+        found = _registration_network(network)
+        if found is None:
             raise ValueError(
-                f"clusters are those of a network with {len(CLUSTER_LEVELS)} blocks, got {type(network).__name__} with "
-                f"{len(self._found)}."
+                f"clusters are those of a SACBNet with {1 + len(CLUSTER_LEVELS)} levels, got {type(network).__name__}."
             )
-        self._labels: list[list[torch.Tensor]] = [[] for _ in self._found]
+        self._network = found
+        # the coarsest level works first
+        self._blocks: list[Any] = [estimator.sacb for estimator in reversed(found.estimators)]
+        self._labels: list[list[torch.Tensor]] = [[] for _ in self._blocks]
         self._hooks: list[Any] = []
 
     @staticmethod
     def fits(network: nn.Module) -> bool:
         """Whether there is something to record in this network."""
-        return len(_blocks(network)) == len(CLUSTER_LEVELS)
+        return _registration_network(network) is not None
 
     def __enter__(self) -> ClusterRecorder:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.stop()
-        for labels, block in zip(self._labels, self._found):
+
+    def start(self) -> None:
+        """Forget what has been recorded, and record from now on."""
+        self.stop()
+        for labels, block in zip(self._labels, self._blocks):
             labels.clear()
 
             def keep(_: nn.Module, __: Any, result: tuple[torch.Tensor, ...], kept: list = labels) -> None:
@@ -61,10 +70,6 @@ class ClusterRecorder:
 
             # looked up now: another clusterer may have been assigned since
             self._hooks.append(block.clusterer.register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """Record no more."""
@@ -85,8 +90,7 @@ class ClusterRecorder:
         Raises:
             ValueError: When nothing has been recorded.
         """
-        # to the size that the network pads to
-        padded = [max(32, (size + 15) // 16 * 16) for size in spatial]
+        padded = [self._network.padded_size(size) for size in spatial]
         maps: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for level, labels in zip(CLUSTER_LEVELS, self._labels):
             if len(labels) < 2:

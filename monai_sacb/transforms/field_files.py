@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from monai_sacb.data.displacement_files import save_displacement
+from monai_sacb.data.frames import turned_vectors
 from monai_sacb.data.spatial_mapping import Grid, PhysicalField, SpatialMapping
 from monai_sacb.data.transform_files import read_transform, write_transform
 from monai_sacb.data.voxel_fields import ddf_to_displacement, displacement_to_ddf
@@ -36,11 +37,6 @@ def _affine(key: Hashable, image: Any) -> torch.Tensor:
         given = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
         raise ValueError(f"{key} must be an image (C, *spatial), 2-D or 3-D, with its affine (4, 4), got {given}.")
     return torch.as_tensor(image.affine, dtype=torch.float64, device="cpu")
-
-
-def _flipped(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors ``(3, *spatial)`` of RAS in LPS, and the other way round."""
-    return vectors * torch.tensor([-1.0, -1.0, 1.0]).view(3, *[1] * (vectors.dim() - 1))
 
 
 class SaveDDFd(MapTransform):
@@ -100,7 +96,7 @@ class SaveDDFd(MapTransform):
                 save_displacement(displacement, fixed, path)
             else:
                 volume = displacement if displacement.dim() == 4 else displacement[..., None]
-                write_transform(SpatialMapping([PhysicalField(_flipped(volume), fixed)]), path)
+                write_transform(SpatialMapping([PhysicalField(turned_vectors(volume), fixed)]), path)
             if path_key is not None:
                 result[path_key] = str(path)
         return result
@@ -147,8 +143,8 @@ class LoadDDFd(MapTransform):
             last = torch.tensor(grid.shape, dtype=torch.float64)
             off = (torch.linalg.inv(grid.affine) @ stage.affine - torch.eye(4, dtype=torch.float64))[:3].abs()
             if float((off[:, :3] @ last + off[:, 3]).max()) < GRID_TOLERANCE:
-                return _flipped(stage.vectors)
-        return _flipped(mapping.flatten(grid).vectors)
+                return turned_vectors(stage.vectors)
+        return turned_vectors(mapping.flatten(grid).vectors)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)

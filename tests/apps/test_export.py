@@ -146,6 +146,8 @@ ILL_CASES = [
     ({"output": "net.pt2", "size": "32x-1x32"}, ValueError, "size must be whole numbers like .*, got '32x-1x32'"),
     ({"output": "net.ts", "size": "32x32x32"}, ValueError, "a .ts file takes images of any size"),
     ({"output": "."}, IsADirectoryError, "is a folder; a file is needed"),
+    ({"output": "net.ts", "size": "32x40x32"}, ValueError, r"it has none of its own, got size \[32, 40, 32\]"),
+    ({"output": "new/net.foo"}, ValueError, r"got the ending '\.foo'"),
     ({"output": "net.ts", "model": "none"}, ValueError, "'none' is no network"),
     ({"output": "net.ts", "model": "there_is_no_such"}, FileNotFoundError, "there is no model 'there_is_no_such'"),
 ]
@@ -160,6 +162,11 @@ def test_ill_arguments(
     with pytest.raises(error, match=message):
         export(arguments.get("model", weights), str(folder / arguments["output"]), arguments.get("size"))
     assert list(folder.rglob("*")) == []
+
+
+def test_file_of_another_kind(weights: str) -> None:
+    with pytest.raises(ValueError, match=r"is a file \.ts, \.onnx, \.pt2, got the ending '\.pt'"):
+        load_exported(weights)
 
 
 def test_without_onnx(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

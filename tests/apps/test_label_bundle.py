@@ -24,7 +24,7 @@ from monai.data import MetaTensor
 
 from monai_sacb.apps import AtlasSegmentation, label_bundle, register
 from monai_sacb.apps.cli import main
-from monai_sacb.networks.nets import SACBNet
+from monai_sacb.networks.nets import ResNetPyramidEncoder, SACBNet
 from monai_sacb.utils import bundle_source
 
 IDS = [3, 1021]
@@ -183,6 +183,18 @@ def test_renumbered(pair: Pair, tmp_path: Path) -> None:
     assert "| 2 | 1021 | 1021 |" in (Path(folder) / "docs" / "README.md").read_text()
 
 
+def test_readme_of_unusual_names(pair: Pair, tmp_path: Path) -> None:
+    """Its commands are for a shell, and its table is one."""
+    (tmp_path / "names.json").write_text(json.dumps({"3": "left | right", "1021": " inner\npart "}))
+    given = {"names": str(tmp_path / "names.json"), "affine": False, "refine": 0}
+    folder = Path(label_bundle(str(tmp_path / "my atlas"), pair.moving, pair.moving_label, **given))
+    text = (folder / "docs" / "README.md").read_text()
+    assert "--conf models 'my atlas' " in text and "--config_file 'my atlas/configs/inference.json' " in text
+    assert "`model/my atlas`" in text
+    assert "| 3 | left \\| right |\n| 1021 | inner part |\n" in text
+    assert LabelTask(folder).labels == {"left | right": 3, "inner part": 1021}
+
+
 def test_labels_stored_as_floats(pair: Pair, tmp_path: Path) -> None:
     stored = nib.load(pair.moving_label)
     nib.save(nib.Nifti1Image(array(pair.moving_label).astype(np.float32), stored.affine), tmp_path / "label.nii.gz")
@@ -338,8 +350,8 @@ BAD_IMAGES = {
     "two channels": (torch.rand(1, 2, 20, 20, 20), r"shape \(B, 1, D, H, W\), got \[1, 2, 20, 20, 20\]"),
     "2-D": (torch.rand(1, 1, 20, 20), r"got \[1, 1, 20, 20\]"),
     "empty": (torch.rand(1, 1, 0, 20, 20), r"got \[1, 1, 0, 20, 20\]"),
-    "constant": (torch.ones(1, 1, 20, 20, 20), r"finite and not constant"),
-    "NaN": (torch.full((1, 1, 20, 20, 20), float("nan")), r"finite and not constant"),
+    "constant": (2 * torch.ones(1, 1, 20, 20, 20), r"finite and not constant, got 2 everywhere in subject 0"),
+    "NaN": (torch.full((1, 1, 20, 20, 20), float("nan")), r"got 8000 NaN or infinite voxels in subject 0 of the batch"),
     "elsewhere": (
         MetaTensor(torch.rand(1, 1, 20, 20, 20), affine=torch.eye(4) + 900 * (torch.arange(16) == 3).view(4, 4)),
         r"do not overlap by their headers",
@@ -371,6 +383,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "fusion": ({"fusion": "staple"}, r"one of majority, locally_weighted, got 'staple'"),
     "refine": ({"refine": -1}, r"refine must be at least 0, got -1"),
     "kind": ({"output_dir": "my_Detection"}, r"'my_Detection' has 'detection' in it"),
+    "two names in one": ({"output_dir": "brain,head"}, r"'brain,head' has a comma in it"),
+    "no such list": (
+        {"atlas_image": None, "atlas_label": None, "atlases": "a.csv"},
+        r"cannot read atlases 'a.csv': No",
+    ),
     "labels of no structure": ({"label": {3: 0, 1021: 0}}, r"the atlas has no label"),
     "negative label": ({"label": {3: -4}}, r"the atlas has the label -4"),
     "names are a list": ({"given": ["a"]}, r"must be a JSON object of ids and names"),
@@ -400,7 +417,8 @@ def test_mistake(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "image\na.nii\n", "image,label\n", "image,label\na.nii\n", "image,label\na,b,c\n"]
+    "text",
+    ["", "image\na.nii\n", "image,label\n", "image,label\na.nii\n", "image,label\na.nii, \n", "image,label\na,b,c\n"],
 )
 def test_bad_list_of_atlases(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text)
@@ -447,6 +465,29 @@ def test_model_that_is_part_of_a_larger_config(pair: Pair, tmp_path: Path) -> No
     folder = label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, model=str(other))
     network = json.loads((Path(folder) / "configs" / "inference.json").read_text())["registration_network"]
     assert (network["base_channels"], network["self_similarity"]) == (2, False)
+
+
+def test_model_with_another_encoder(pair: Pair, tmp_path: Path) -> None:
+    """A component within the network's entry, which refers to its neighbours."""
+    other = tmp_path / "other"
+    shutil.copytree(bundle_source() / "configs", other / "configs")
+    path = other / "configs" / "inference.json"
+    config = json.loads(path.read_text())
+    overlay = json.loads((other / "configs" / "encoder_resnet.json").read_text())
+    config["network_def"].update({name.partition("#")[2]: entry for name, entry in overlay.items()})
+    path.write_text(json.dumps(config))
+    (other / "models").mkdir()
+    torch.manual_seed(0)
+    network = SACBNet(encoder=ResNetPyramidEncoder())
+    torch.save(network.state_dict(), other / "models" / "model.pt")
+    given = {"model": str(other), "affine": False, "refine": 0}
+    task = LabelTask(label_bundle(str(tmp_path / "atlas"), pair.moving, pair.moving_label, **given))
+    assert isinstance(task.network.network.encoder, ResNetPyramidEncoder)
+    assert set(np.unique(task(pair.fixed)[0])) == {0, *IDS}
+    config["network_def"]["negative_slope"] = "$torch.float32"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the entry 'network_def' of its configs"):
+        label_bundle(str(tmp_path / "none"), pair.moving, pair.moving_label, **given)
 
 
 def test_command(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

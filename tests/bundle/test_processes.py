@@ -114,6 +114,20 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
+def run_to_the_end(flow: ConfigWorkflow) -> None:
+    flow.run()
+    flow.finalize()
+
+
+def run_killed(flow: ConfigWorkflow, evaluator: str, pair: int) -> None:
+    """The process of rank 1 dies in front of one of its pairs."""
+    if os.environ["RANK"] == "1":
+        flow.parser.get_parsed_content(evaluator).add_event_handler(
+            Events.ITERATION_STARTED(once=pair), lambda: os.kill(os.getpid(), signal.SIGKILL)
+        )
+    flow.run()
+
+
 def test_training_equals_that_of_one_process(workflow: Make, slices: Path, tmp_path: Path) -> None:
     """With pairs without labels, random augmentation, validation, and a training that is stopped and resumed."""
     options: dict[str, Any] = {
@@ -133,9 +147,7 @@ def test_training_equals_that_of_one_process(workflow: Make, slices: Path, tmp_p
 
     def train(**overrides: Any) -> None:
         together = {"output_dir": str(two), "network#module": network}
-        flow = workflow("train", "augment", "multi_gpu_train", **{**options, **together, **overrides})
-        flow.run()
-        flow.finalize()
+        run_to_the_end(workflow("train", "augment", "multi_gpu_train", **{**options, **together, **overrides}))
 
     def first_epoch() -> None:
         train(max_epochs=1, **{"lr_scheduler#total_iters": 2})
@@ -188,19 +200,14 @@ def test_evaluation_goes_on_in_any_number_of_processes(
     evaluate(output_dir=one).run()
 
     def stopped() -> None:
-        flow = evaluate("multi_gpu_evaluate", output_dir=several)
-        evaluator = flow.parser.get_parsed_content("validate#evaluator")
-        # in front of its second pair, the last of all
-        if os.environ["RANK"] == "1":
-            evaluator.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: os.kill(os.getpid(), signal.SIGKILL))
-        flow.run()
+        # its second pair is the last of all
+        run_killed(evaluate("multi_gpu_evaluate", output_dir=several), "validate#evaluator", pair=2)
 
     def resumed() -> None:
         flow = evaluate("multi_gpu_evaluate", output_dir=several, resume="true")
         # all that has been measured, whoever did
         assert len(flow.parser.get_parsed_content("journal").rows) == len(PAIRS) - 1
-        flow.run()
-        flow.finalize()
+        run_to_the_end(flow)
 
     codes = run_processes(stopped, number=3)
     assert 0 not in codes and codes[1] == -signal.SIGKILL
@@ -221,8 +228,7 @@ def test_fewer_pairs_than_processes(workflow: Make, slices: Path, flat_weights: 
         flow.run()
         flow = workflow("inference", "multi_gpu_inference", workflow_type="infer", **given)
         flow.run_id = "registering"
-        flow.run()
-        flow.finalize()
+        run_to_the_end(flow)
 
     assert run_processes(run) == [0, 0]
     assert len(pairs_of(tmp_path / "output")) == 1
@@ -243,11 +249,7 @@ def test_registering_goes_on(workflow: Make, slices: Path, flat_weights: str, tm
     register(output_dir=one).run()
 
     def stopped() -> None:
-        flow = register("multi_gpu_inference", output_dir=several)
-        evaluator = flow.parser.get_parsed_content("evaluator")
-        if os.environ["RANK"] == "1":
-            evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        flow.run()
+        run_killed(register("multi_gpu_inference", output_dir=several), "evaluator", pair=1)
         os._exit(3)
 
     assert run_processes(stopped) == [3, -signal.SIGKILL]
@@ -256,9 +258,7 @@ def test_registering_goes_on(workflow: Make, slices: Path, flat_weights: str, tm
     before = {name: os.stat(several / name).st_mtime_ns for name in files_of(several) if name.endswith(".nii.gz")}
 
     def resumed() -> None:
-        flow = register("multi_gpu_inference", output_dir=several, resume="true")
-        flow.run()
-        flow.finalize()
+        run_to_the_end(register("multi_gpu_inference", output_dir=several, resume="true"))
 
     assert run_processes(resumed) == [0, 0]
     names = files_of(one)
@@ -298,20 +298,20 @@ def torchrun(*arguments: str) -> subprocess.Popen:
     )
 
 
-QUICK_OPTIONS = {"pairs_per_epoch": 2, "val_interval": 1, "network_def#base_channels": 2, "network_def#num_clusters": 3}
+QUICK_OPTIONS = {
+    **FLAT,
+    **LABELS,
+    "pairs_per_epoch": 2,
+    "val_interval": 1,
+    "network_def#base_channels": 2,
+    "network_def#num_clusters": 3,
+}
 
 
 @pytest.mark.slow
 def test_two_machines(slices: Path, tmp_path: Path) -> None:
     """Two agents, as on two machines, with one process each, to the letter of the command line."""
-    options = {
-        **QUICK_OPTIONS,
-        **FLAT,
-        **LABELS,
-        "max_epochs": 1,
-        "dataset_dir": slices,
-        "output_dir": tmp_path / "out",
-    }
+    options = {**QUICK_OPTIONS, "max_epochs": 1, "dataset_dir": slices, "output_dir": tmp_path / "out"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
@@ -329,14 +329,7 @@ def test_two_machines(slices: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_one_process_ends_all(slices: Path, tmp_path: Path, rank: int) -> None:
-    options = {
-        **QUICK_OPTIONS,
-        **FLAT,
-        **LABELS,
-        "max_epochs": 500,
-        "dataset_dir": slices,
-        "output_dir": tmp_path / "out",
-    }
+    options = {**QUICK_OPTIONS, "max_epochs": 500, "dataset_dir": slices, "output_dir": tmp_path / "out"}
     command = bundle_command(["train", "multi_gpu_train"], "training", **options)
     agent = torchrun("--standalone", "--nproc_per_node=2", *command)
     try:

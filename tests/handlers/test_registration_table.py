@@ -419,13 +419,38 @@ def test_two_evaluations_in_one_folder(tmp_path: Path) -> None:
         journal.append([])
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs", "my [pairs].of.one.jsonl"])
+def test_journals_of_other_processes(tmp_path: Path, name: str) -> None:
+    """What two processes have measured, one goes on with."""
+    main = tmp_path / name
+    for i, path in enumerate((main, main.with_name(f"{main.stem}.1{main.suffix}"))):
+        lines = [{"settings": {}}, {"pair": i, "moving": "a", "fixed": "b", "values": {"x": [0.5]}}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = PairJournal(main, resume=True)
+    assert [row["pair"] for row in journal.rows] == [0, 1]
+    journal.begin()
+    assert os.listdir(tmp_path) == [name]
+    journal.remove()
+    assert os.listdir(tmp_path) == []
+
+
 def test_bytes_that_are_no_journal(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not the journal"):
         PairJournal(tmp_path / "pairs.jsonl", resume=True)
 
 
-@pytest.mark.parametrize("content", ["", "moving,fixed\n", "{}\n", '{"settings": 0}\n{"pair": "x"}\n', "[1]\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "moving,fixed\n",
+        "{}\n",
+        '{"settings": 0}\n{"pair": "x"}\n',
+        "[1]\n",
+        '{"settings": {}}\n{"pair": 0, "values": {}}\n',
+    ],
+)
 def test_no_journal(tmp_path: Path, content: str) -> None:
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"pairs\.jsonl' is not the journal of an evaluation"):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from monai_sacb.networks import ClusterRecorder, cluster_labels
-from monai_sacb.networks.nets import SACBNet
+from monai_sacb.networks.blocks import SACBNorm
+from monai_sacb.networks.nets import BackbonePyramid, ResNetPyramidEncoder, SACBNet
 
 
 @pytest.mark.parametrize("shape", [(33, 48), (20, 32, 37)])
@@ -15,6 +16,8 @@ from monai_sacb.networks.nets import SACBNet
 def test_labels_are_those_of_the_clusterers(shape: tuple[int, ...], wrapped: bool) -> None:
     """Recorded by clusterers of our own, level by level and voxel by voxel."""
     dims = len(shape)
+    # of two clusters, one may be the padding's, none of which is seen
+    torch.manual_seed(0)
     net = SACBNet(spatial_dims=dims, base_channels=2, num_clusters=[2, 3, 4, 5])
     recorded: dict[int, list[torch.Tensor]] = {level: [] for level in (2, 3, 4, 5)}
     for level, estimator in zip((5, 4, 3, 2), net.estimators):
@@ -45,6 +48,20 @@ def test_labels_are_those_of_the_clusterers(shape: tuple[int, ...], wrapped: boo
     assert not any(estimator.sacb.clusterer._forward_hooks for estimator in net.estimators)
 
 
+def test_another_encoder() -> None:
+    """Of which images are padded to multiples of 32, and which has blocks of its own."""
+    torch.manual_seed(0)
+    encoder = BackbonePyramid(ResNetPyramidEncoder(2), (8, 8, 16, 32, 64), 2, divisor=32)
+    encoder.backbone.backbone.bn1 = SACBNorm(8, num_clusters=2, spatial_dims=2)
+    net = SACBNet(2, encoder=encoder, num_clusters=3)
+    moving, fixed = cluster_labels(net, torch.rand(1, 2, 40, 70))
+    assert moving.shape == fixed.shape == (1, 4, 40, 70)
+    # the coarsest voxels of the padded 64x96 pixels
+    assert torch.equal(fixed[0, 3, ::16, ::16].repeat_interleave(16, 0).repeat_interleave(16, 1)[:40, :70], fixed[0, 3])
+    assert 1 == fixed.min() < fixed.max() == 3
+    assert not ClusterRecorder.fits(SACBNet(2, encoder=ResNetPyramidEncoder(2, channels=(8, 8), layers=(1, 1))))
+
+
 def test_an_edge_in_the_image_is_one_in_the_map() -> None:
     """Two halves of different texture fall into different clusters of the finest level."""
     image = torch.rand(1, 1, 64, 64)
@@ -69,7 +86,7 @@ def test_the_field_is_the_same() -> None:
 def test_ill_formed() -> None:
     other = nn.Conv2d(2, 2, 3, padding=1)
     assert not ClusterRecorder.fits(other)
-    with pytest.raises(ValueError, match="got Conv2d with 0"):
+    with pytest.raises(ValueError, match="those of a SACBNet with 5 levels, got Conv2d"):
         cluster_labels(other, torch.rand(1, 2, 32, 32))
     with pytest.raises(ValueError, match="no clusters have been recorded"):
         ClusterRecorder(SACBNet(spatial_dims=2)).maps((32, 32))

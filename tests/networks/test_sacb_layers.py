@@ -108,6 +108,7 @@ def test_conv_script(dims: int, arguments: dict) -> None:
         ({"kernel_size": (3, 3, 1)}, r"kernel_size must be one odd number for all axes, got \(3, 3, 1\)"),
         ({"kernel_size": 0}, "kernel_size .* got 0"),
         ({"stride": 0}, "stride .* got 0"),
+        ({"stride": (1, 1.5, 1)}, r"stride .* got 1\.5"),
         ({"padding": 0}, "padding must be 1 for a kernel_size of 3, got 0"),
         ({"padding": "valid"}, "padding must be 1 for a kernel_size of 3, got 'valid'"),
         ({"dilation": 2}, "dilation and groups must be 1, got 2 and 1"),

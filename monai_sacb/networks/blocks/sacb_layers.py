@@ -75,9 +75,10 @@ class SACBConv(ClusterAdaptive):
             raise ValueError(f"padding must be {kernel[0] // 2} for a kernel_size of {kernel[0]}, got {padding!r}.")
         if set(ensure_tuple_rep(dilation, spatial_dims)) != {1} or groups != 1:
             raise ValueError(f"dilation and groups must be 1, got {dilation} and {groups}.")
-        self.stride = [int(step) for step in ensure_tuple_rep(stride, spatial_dims)]
-        for step in self.stride:
+        steps = ensure_tuple_rep(stride, spatial_dims)
+        for step in steps:
             check_count("stride", step)
+        self.stride = [int(step) for step in steps]
         self.spatial_dims = spatial_dims
         self.kernel_size = int(kernel[0])
         self.set_up(in_channels, out_channels, num_clusters, self.kernel_size**spatial_dims, bias)

@@ -26,6 +26,12 @@ __all__ = ["BackbonePyramid", "ResNetPyramidEncoder", "SegResNetPyramidEncoder",
 NUM_STAGES = 4
 
 
+def _check_image(spatial_dims: int, in_channels: int) -> None:
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+    check_count("in_channels", in_channels)
+
+
 def _replace_batch_norms(module: nn.Module, spatial_dims: int) -> None:
     """In place; scale and shift stay the same parameters, the running statistics go."""
     for name, child in module.named_children():
@@ -74,9 +80,7 @@ class BackbonePyramid(nn.Module):
         divisor: int | None = None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        check_count("in_channels", in_channels)
+        _check_image(spatial_dims, in_channels)
         stem = () if stem_channels is None else (stem_channels,)
         self.channels = (*stem, *channels)
         if len(channels) == 0 or len(self.channels) < 2:
@@ -153,6 +157,7 @@ class SwinPyramidEncoder(BackbonePyramid):
     ) -> None:
         if not optional_import("einops")[1]:
             raise ModuleNotFoundError("MONAI's SwinTransformer needs the package einops: pip install einops.")
+        _check_image(spatial_dims, in_channels)
         _check_stages("depths", depths)
         check_count("embed_dim", embed_dim)
         if len(num_heads) != len(depths):
@@ -222,6 +227,7 @@ class ResNetPyramidEncoder(BackbonePyramid):
         block: str = "basic",
         first_kernel: int = 3,
     ) -> None:
+        _check_image(spatial_dims, in_channels)
         _check_stages("channels", channels)
         if len(layers) != len(channels):
             raise ValueError(f"layers must have {len(channels)} entries as channels has, got {list(layers)}.")
@@ -271,6 +277,7 @@ class SegResNetPyramidEncoder(BackbonePyramid):
         init_filters: int = 6,
         blocks_down: Sequence[int] = (1, 1, 1, 1, 1),
     ) -> None:
+        _check_image(spatial_dims, in_channels)
         check_count("init_filters", init_filters)
         for value in blocks_down:
             check_count("each of blocks_down", value)

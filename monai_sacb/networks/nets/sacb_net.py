@@ -200,6 +200,10 @@ class SACBNet(nn.Module):
             )
         self.align_corners = align_corners
 
+    def padded_size(self, size: int) -> int:
+        """What an axis of this size is padded to: a multiple of ``divisor``, and at least twice of it."""
+        return self.divisor * max(2, (size + self.divisor - 1) // self.divisor)
+
     def _upsample(self, ddf: torch.Tensor) -> torch.Tensor:
         """The same field on a grid of twice the size, in that grid's voxels."""
         return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=self.align_corners)
@@ -227,7 +231,7 @@ class SACBNet(nn.Module):
         padding: list[int] = []
         for size in spatial:
             # F.pad wants the last axis first
-            padding = [0, self.divisor * max(2, (size + self.divisor - 1) // self.divisor) - size] + padding
+            padding = [0, self.padded_size(size) - size] + padding
         if max(padding) > 0:
             x = F.pad(x, padding)
         # instance norm treats every image alone, so both can share one batch
