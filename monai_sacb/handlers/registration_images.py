@@ -34,7 +34,7 @@ class RegistrationImages:
     Show the first pair of every validation in TensorBoard: the images, overlays and deformed grid of
     :py:func:`monai_sacb.visualize.plot_registration`, and the clusters of the network.
 
-    It takes less than a second for each validation; the network does not run once more for it.
+    The network does not run once more for it.
 
     Args:
         summary_writer: TensorBoard's writer, the one of the curves; None where this process writes nothing.
