@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .affine import AffineRegistration, estimate_affine
+from .contrast import match_contrast
 from .label_fusion import LabelFusion, fuse_labels
 from .refinement import InstanceOptimization, refine_ddf
 from .registration import RegistrationInferer
@@ -14,5 +15,6 @@ __all__ = [
     "RegistrationInferer",
     "estimate_affine",
     "fuse_labels",
+    "match_contrast",
     "refine_ddf",
 ]
