@@ -12,6 +12,11 @@ metric, tables and curves must be those of the undisturbed training, bit for bit
 
 The imports are done once, and each training is a fork of this process: all that follows the imports, from the parsing
 of the configs to the end, is where it may be hit. Moments are drawn in CPU time, so that other work does not matter.
+
+    python benchmarks/kill_training.py --early --kills 5 --output_dir output_kills
+
+starts `python -m monai.bundle run` instead and kills it before its first state, imports included; one training meets
+all the kills.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -101,6 +107,16 @@ def start(data: Path, output: Path, resume: bool, small_disk: bool = False) -> i
         os._exit(code)
 
 
+def start_by_command(data: Path, output: Path, resume: bool) -> int:
+    """Start a training by the command line; its id."""
+    options = {**TRAINING, "dataset_dir": data, "output_dir": output, "resume": resume}
+    command = [sys.executable, "-m", "monai.bundle", "run", options.pop("run_id")]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    with open(output.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log).pid
+
+
 def cpu_seconds(process: int) -> float:
     """CPU time of a process so far."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -173,11 +189,39 @@ def phase(folder: Path) -> str:
     return "before the first state"
 
 
+def kill_early(output: Path, kills: int, draw: random.Random) -> dict[str, Any]:
+    """Kill one training again and again before its first state, and let it end; counts, and what is wrong then."""
+    data, whole, folder = (output / name for name in ("data", "whole", "killed"))
+    process = start_by_command(data, whole, resume=False)
+    folder_made = first_state = 0.0
+    while not (whole / "checkpoint.pt").exists() and not os.waitid(
+        os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    ):
+        first_state = cpu_seconds(process)
+        folder_made = folder_made if whole.exists() else first_state
+        time.sleep(0.005)
+    code, life = wait(process)
+    if code != 0:
+        raise SystemExit(f"the undisturbed training ended with {code}: see '{whole.with_suffix('.log')}'.")
+    phases: Counter[str] = Counter()
+    for number in range(kills):
+        # every second one when there is something of it already
+        moment = draw.uniform(folder_made if number % 2 else 0, first_state)
+        wait(start_by_command(data, folder, number > 0), moment)
+        phases[phase(folder) if folder.exists() else "before its folder"] += 1
+    code, _ = wait(start_by_command(data, folder, True))
+    wrong = differences(folder, whole) if code == 0 else [f"ended with {code}"]
+    left = [str(path.relative_to(folder)) for path in folder.rglob(".*")]
+    times = {"CPU seconds to the first state": first_state, "CPU seconds of a training": life}
+    return {"kills": kills, "killed at": dict(phases), "temporary files left": left, **times, "wrong": wrong}
+
+
 def main() -> None:
     """Run with the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--output_dir", type=Path, default=Path("output_kills"))
+    parser.add_argument("--early", action="store_true", help="kill before the first state, imports included")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -186,6 +230,10 @@ def main() -> None:
         raise SystemExit(f"'{output}' exists already; name another folder.")
     data, whole = output / "data", output / "whole"
     make_slices(data)
+    if options.early:
+        result = kill_early(output, options.kills, draw)
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.exit(1 if result["wrong"] else 0)
     code, life = wait(start(data, whole, resume=False))
     if code != 0:
         raise SystemExit(f"the undisturbed training ended with {code}: see '{whole.with_suffix('.log')}'.")

@@ -111,7 +111,9 @@ class PairJournal:
                 row["values"] = {name: [_decoded(v) for v in column] for name, column in row["values"].items()}
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"'{path}' is not the journal of an evaluation; remove it to begin anew.") from error
-        differing = [n for n in {**header, **self.settings} if header.get(n) != self.settings.get(n)]
+        names = {**header, **self.settings}
+        # the journal's own names may be anything
+        differing = [n if n.isprintable() else repr(n) for n in names if header.get(n) != self.settings.get(n)]
         if differing and path != self._main:
             # left over from before the first process began anew
             return {}

@@ -11,7 +11,12 @@ from torch.nn.modules.loss import _Loss
 
 from monai.utils import LossReduction
 
+from monai_sacb.losses.intensity_scale import intensity_scale
+
 __all__ = ["LNCCLoss"]
+
+# The least that is added to the product of the variances of images within [-1, 1]: far below rounding, but not 0.
+LEAST_SMOOTH = 1e-20
 
 
 def _line_sum(x: torch.Tensor, kernel_size: int, axis: int) -> torch.Tensor:
@@ -47,9 +52,14 @@ class _LocalCorrelation(torch.autograd.Function):
         volume = float(kernel_size ** (pred.dim() - 2))
         # Around their means the images lose no digits in the squares. The zeros outside the image are not part of
         # what is shifted: where a window reaches out, only "inside" of its voxels are, and a term makes up for it.
+        # And within [-1, 1], squares and the product of two of them stay finite, whatever the intensities are.
         spatial = list(range(2, pred.dim()))
+        scale_p, scale_t = intensity_scale(pred, spatial), intensity_scale(target, spatial)
+        least = (smooth * (scale_p * scale_t).square()).clamp_(min=min(smooth, LEAST_SMOOTH))
+        pred, target = pred * scale_p, target * scale_t
         shift_p, shift_t = pred.mean(spatial, keepdim=True), target.mean(spatial, keepdim=True)
-        pred, target = pred - shift_p, target - shift_t
+        pred.sub_(shift_p)
+        target.sub_(shift_t)
         inside = _window_sum(torch.ones_like(pred[:1, :1]), kernel_size)
         outside = 1 - inside / volume
         sum_p, sum_t = _window_sum(pred, kernel_size), _window_sum(target, kernel_size)
@@ -61,7 +71,7 @@ class _LocalCorrelation(torch.autograd.Function):
         var_p = var_p.add_(outside * shift_p * (2 * sum_p + shift_p * inside)).clamp_(min=0)
         var_t = _window_sum(target * target, kernel_size).sub_(sum_t * sum_t / volume)
         var_t = var_t.add_(outside * shift_t * (2 * sum_t + shift_t * inside)).clamp_(min=0)
-        scale = (var_p * var_t).add_(smooth).reciprocal_()
+        scale = (var_p * var_t).add_(least).reciprocal_()
         ncc = -(cross * cross * scale)
         if any(ctx.needs_input_grad[:2]):
             # nothing to gain where rounding has led out of the range
@@ -71,10 +81,10 @@ class _LocalCorrelation(torch.autograd.Function):
             # the mean over a window, the zeros outside the image among it, of the images as they were shifted
             mean_p, mean_t = sum_p / volume - outside * shift_p, sum_t / volume - outside * shift_t
             saved = [pred, target, slope]
-            for needed, grad, own, other in zip(
-                ctx.needs_input_grad, (grad_p, grad_t), (mean_p, mean_t), (mean_t, mean_p)
+            for needed, grad, own, other, factor in zip(
+                ctx.needs_input_grad, (grad_p, grad_t), (mean_p, mean_t), (mean_t, mean_p), (scale_p, scale_t)
             ):
-                saved += [grad, slope * other + 2 * grad * own] if needed else []
+                saved += [grad, slope * other + 2 * grad * own, factor] if needed else []
             ctx.save_for_backward(*saved)
             ctx.kernel_size = kernel_size
         # at most 1 but for rounding
@@ -90,10 +100,10 @@ class _LocalCorrelation(torch.autograd.Function):
             if not needed:
                 grads.append(None)
                 continue
-            variance, means, *maps = maps
+            variance, means, factor, *maps = maps
             image = other * grad_cross
             image += 2 * own * _window_sum(grad * variance, ctx.kernel_size)
-            grads.append(image.sub_(_window_sum(grad * means, ctx.kernel_size)))
+            grads.append(image.sub_(_window_sum(grad * means, ctx.kernel_size)).mul_(factor))
         return (*grads, None, None)
 
 
@@ -104,7 +114,7 @@ class LNCCLoss(_Loss):
     Window sums take zeros outside the image and always count the full window. Against MONAI's
     ``LocalNormalizedCrossCorrelationLoss``, which clamps the variances, this one adds a constant to their product, so
     that areas without contrast count little. Computed in float32 at least, also under autocast. The images should lie
-    in [0, 1].
+    in [0, 1], as the constant is of that order; finite intensities of any size give a finite loss and gradient.
 
     Args:
         kernel_size: odd window size in voxels.

@@ -14,6 +14,7 @@ from torch.nn.modules.loss import _Loss
 
 from monai.utils import LossReduction
 
+from monai_sacb.losses.intensity_scale import intensity_scale
 from monai_sacb.losses.lncc import _window_sum
 from monai_sacb.networks.layers.neighborhood import shifted
 
@@ -24,6 +25,8 @@ MIN_VARIANCE = 1e-3
 # Keeps images without any contrast from dividing by zero or by rounding errors; far below the variance of an image with
 # values in [0, 1].
 TINY = 1e-8
+# The least it becomes for images of large values, which are scaled into [-1, 1].
+LEAST_TINY = 1e-30
 
 
 def _pairs(spatial: list[int], radius: int, dilation: int) -> Iterator[tuple[list[int], ...]]:
@@ -54,7 +57,7 @@ class _Descriptor(torch.autograd.Function):
     """The descriptor of an image; keeps itself, the image and two maps more for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, image: torch.Tensor, radius: int, dilation: int) -> torch.Tensor:
+    def forward(ctx: Any, image: torch.Tensor, tiny: torch.Tensor, radius: int, dilation: int) -> torch.Tensor:
         spatial = list(image.shape[2:])
         dims, reach = len(spatial), radius + dilation
         padded = F.pad(image, [reach, reach] * dims, mode="replicate")
@@ -70,7 +73,7 @@ class _Descriptor(torch.autograd.Function):
         distances.mul_(scale)
         mean = distances.mean(1, keepdim=True)
         floor = MIN_VARIANCE * mean.mean(list(range(1, mean.dim())), keepdim=True)
-        variance = mean.clamp(min=floor) + TINY
+        variance = mean.clamp(min=floor) + tiny
         descriptor = distances.sub_(distances.amin(1, keepdim=True)).div_(variance).neg_().exp_()
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(image, descriptor, variance, (mean > floor).to(mean.dtype).div_(channels))
@@ -107,7 +110,7 @@ class _Descriptor(torch.autograd.Function):
             after = grad_padded.narrow(axis, reach + size, reach)
             inner.narrow(axis, size - 1, 1).add_(after.sum(axis, keepdim=True))
             grad_padded = inner
-        return grad_padded, None, None
+        return grad_padded, None, None, None
 
 
 def mind_ssc(image: torch.Tensor, radius: int = 2, dilation: int = 2) -> torch.Tensor:
@@ -122,7 +125,7 @@ def mind_ssc(image: torch.Tensor, radius: int = 2, dilation: int = 2) -> torch.T
 
     Args:
         image: ``(B, C, *spatial)``, 2-D or 3-D; the channels are compared together. Intensities should be of the order
-            of 1.
+            of 1 or larger.
         radius: half width of a patch, ``2 * radius + 1`` voxels wide.
         dilation: distance of the patches from the voxel, in voxels.
 
@@ -141,7 +144,10 @@ def mind_ssc(image: torch.Tensor, radius: int = 2, dilation: int = 2) -> torch.T
     _check_patches(radius, dilation)
     if image.dtype != torch.float64:
         image = image.float()
-    return _Descriptor.apply(image, radius, dilation)
+    # so that squares stay finite, whatever the intensities are
+    scale = intensity_scale(image, list(range(1, image.dim())))
+    tiny = (TINY * scale.square()).clamp_(min=LEAST_TINY)
+    return _Descriptor.apply(image * scale, tiny, radius, dilation)
 
 
 def _check_patches(radius: int, dilation: int) -> None:

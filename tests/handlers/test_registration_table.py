@@ -391,6 +391,13 @@ def test_all_measured_but_not_reported(tmp_path: Path) -> None:
     assert [item["pair_index"] for item in again.remaining(Dataset(indexed()))] == [2]
 
 
+def test_names_of_other_settings_stay_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"settings": {"a\nb": 1}}) + "\n")
+    with pytest.raises(ValueError, match=r"other settings \('a\\nb', c\)"):
+        PairJournal(path, {"c": 1}, resume=True)
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     settings = {"weights": "1", "steps": [50], "device": "cpu"}
     evaluate_until(tmp_path, 1, settings=settings)

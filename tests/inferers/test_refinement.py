@@ -331,6 +331,31 @@ def test_patience_stops() -> None:
     assert len(calls) == 7
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("similarity", "factor", "offset"),
+    [(None, 1e10, 0.0), (None, 1e30, 0.0), (None, 3e38, 0.0), (None, -1e30, 0.0), (MINDSSCLoss(1, 1), 1e30, 1e30)],
+)
+def test_intensities_of_any_size(similarity: Any, factor: float, offset: float, autocast: torch.dtype | None) -> None:
+    moving, fixed, true = make_pair((26, 24, 28), 1, 1, torch.float32)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        refined = refine_ddf(factor * moving + offset, factor * fixed + offset, 0 * true, similarity, iterations=30)
+    assert refined.dtype == torch.float32 and torch.isfinite(refined).all()
+    assert inner_error(refined, true) < 0.6 * inner_error(0 * true, true)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 3000.0, -1e30, 1e-30])
+@pytest.mark.parametrize("similarity", [None, MINDSSCLoss(1, 1)])
+def test_images_without_contrast(similarity: Any, value: float) -> None:
+    """Nothing to gain: the start comes back, or one as near to it as the border of the image allows."""
+    moving = torch.full((1, 1, 12, 11, 13), value)
+    for fixed in (moving, torch.rand_like(moving)):
+        start = 0.1 * upsampled((1, 3, 4, 4, 4), (12, 11, 13), 0, torch.float32)
+        refined = refine_ddf(moving, fixed, start, similarity, iterations=5)
+        assert torch.isfinite(refined).all() and (refined - start).abs().max() < 2
+        assert refined.abs().max() > 0
+
+
 def test_objective_that_is_not_finite_stops() -> None:
     moving, fixed, true = make_pair((20, 22))
     values = iter([1.0, 0.5, float("nan"), 2.0, 0.0])
