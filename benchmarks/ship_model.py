@@ -60,6 +60,15 @@ def training_curves(log_dir: Path) -> dict[int, dict[str, float]]:
     return curves
 
 
+def read_curves(path: Path) -> dict[int, dict[str, float]]:
+    """What :py:func:`write_curves` has written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return {
+            int(row.pop("epoch")): {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        }
+
+
 def write_curves(curves: dict[int, dict[str, float]], path: Path) -> None:
     names = sorted({name for row in curves.values() for name in row}, key=lambda name: (name != "train_loss", name))
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
@@ -102,12 +111,16 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="by which it was trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", type=json.loads, default={}, help="entries of the configs to be used with it")
+    parser.add_argument("--before", type=Path, help="curves, as CSV, of the training that this one went on from")
     parser.add_argument("--evaluation", type=Path, help="summary.json of its evaluation")
     arguments = parser.parse_args()
     stem = arguments.file or arguments.name
     source, target = arguments.output_dir / "model.pt", BUNDLE / "models" / f"{stem}.pt"
     state = torch.load(source, map_location="cpu", weights_only=True)
     curves = training_curves(arguments.output_dir / "tensorboard")
+    if arguments.before is not None:
+        before = read_curves(arguments.before)
+        curves = {**before, **{max(before) + epoch: row for epoch, row in curves.items()}}
     metrics = {}
     if arguments.evaluation is not None:
         summary = json.loads(arguments.evaluation.read_text(encoding="utf-8"))
