@@ -24,8 +24,8 @@ __all__ = ["InstanceOptimization", "refine_ddf"]
 
 # Adam: a memory of a few steps, for levels of a few tens of steps
 BETAS = (0.8, 0.9)
-# of two brains of one contrast, matching raises the similarity by a hundredth, of a gamma of 2 by two, of an inverted one
-# by twelve
+# matching raises the similarity of two brains of one contrast by a hundredth; where one is squared by two, where one is
+# inverted by twelve
 CONTRAST_GAIN = 0.015
 LEVELS = ((4, 0.2), (2, 0.3), (1, 0.5))
 
@@ -288,7 +288,8 @@ def refine_ddf(
         fold_margin: determinant of the mapping's gradient below which the fold penalty begins.
         contrast_gain: where :py:func:`match_contrast` under the given field raises the similarity by more than this
             share of itself, as it does for other modalities and inverted contrasts, what it gives is compared as a
-            further channel; None for never.
+            further channel; None for never. Of the default similarity only: contrasts are the affair of others
+            themselves.
         moving_mask: ``(B, 1, *spatial)``, not zero where the moving image may be compared; everywhere by default. Masks
             restrict the similarity, to where the fixed mask and the warped moving mask meet, and nothing else: the
             field goes on smoothly outside. What the images hold outside their masks plays no part.
@@ -322,6 +323,8 @@ def refine_ddf(
         FoldPenaltyLoss(fold_margin),
         fold_weight,
     )
+    # a similarity of one's own may know nothing of further channels
+    gain = contrast_gain if similarity is None else None
     refined = []
     # engines infer without gradients; a field in half precision is off by tenths of a voxel
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(ddf.device.type, enabled=False):
@@ -333,7 +336,7 @@ def refine_ddf(
             image, target = (x if m is None else fill_outside(x, m) for x, m in zip((image, target), masks))
             pair = _Pair(image, target, *(None if m is None else m.to(dtype) for m in masks))
             refined.append(
-                _refine_one(pair, start, objective, iterations, levels, learning_rate, spacing, patience, contrast_gain)
+                _refine_one(pair, start, objective, iterations, levels, learning_rate, spacing, patience, gain)
             )
     return torch.cat(refined).to(ddf.dtype)
 

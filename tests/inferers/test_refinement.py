@@ -42,6 +42,8 @@ ILL_ARGUMENTS = [
     ({"levels": [(0, 1.0)]}, r"levels must be pairs .* got \[\(0, 1\.0\)\]"),
     ({"levels": [(1.5, 1.0)]}, r"levels must be pairs .* got \[\(1\.5, 1\.0\)\]"),
     ({"levels": [(1, 0.0)]}, r"levels must be pairs .* got \[\(1, 0\.0\)\]"),
+    ({"contrast_gain": -0.1}, r"contrast_gain must be None or a finite number of at least 0, got -0\.1"),
+    ({"contrast_gain": "much"}, "contrast_gain must be None or a finite number of at least 0, got 'much'"),
     ({"levels": [(1, float("nan"))]}, r"levels must be pairs .* got \[\(1, nan\)\]"),
 ]
 
@@ -90,6 +92,22 @@ def test_finds_the_deformation_in_another_contrast(spatial: tuple[int, ...]) -> 
         moving, 1 - fixed, 0 * true, similarity=MINDSSCLoss(radius=1, dilation=1), regularization_weight=0.02
     )
     assert inner_error(ddf, true) < 0.4 * inner_error(0 * true, true)
+
+
+@pytest.mark.parametrize("spatial", [(40, 44), (26, 24, 28)])
+def test_matched_contrast_joins_where_it_helps(spatial: tuple[int, ...]) -> None:
+    """Local correlation knows straight lines; this contrast rises and falls."""
+    moving, fixed, true = make_pair(spatial, size=0.7)
+    other = (2 * fixed - 0.9).abs()
+    kwargs = {"regularization_weight": 0.05, "iterations": 60}
+    errors = {
+        gain: inner_error(refine_ddf(moving, other, 0 * true, contrast_gain=gain, **kwargs), true)
+        for gain in (None, 0.015)
+    }
+    assert errors[0.015] < 0.8 * errors[None] and errors[0.015] < 0.6 * inner_error(0 * true, true)
+    # no gain is large enough
+    never, rarely = (refine_ddf(moving, other, 0 * true, contrast_gain=gain, **kwargs) for gain in (None, 1e9))
+    assert torch.equal(never, rarely)
 
 
 def test_coarse_levels_reach_farther() -> None:
