@@ -35,7 +35,15 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 # words by which MONAI Label takes a bundle for a model of another kind
 OTHER_KINDS = ("deepedit", "deepgrow", "detection", "classification")
 # entries of the model's configs that a label bundle takes over
-TAKEN_OVER = ("network_def", "working_grid", "scale_intensity", "refinement", "affine_stage")
+TAKEN_OVER = (
+    "network_def",
+    "working_grid",
+    "scale_intensity",
+    "refinement",
+    "fine_grid",
+    "fine_refinement",
+    "affine_stage",
+)
 BACKGROUND = "background"
 
 
@@ -144,7 +152,7 @@ def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[s
     config.update(entries)
     if not options["affine"]:
         config["affine_stage"] = None
-    config["refine"] = setting.refine
+    config["refine"], config["fine"] = setting.refine, setting.fine
     config["fusion"]["fusion"] = options["fusion"]
     config["atlases"] = [
         {kind: f"atlas/{kind}{'' if number == 1 else f'_{index}'}.nii.gz" for kind in ("image", "label")}
@@ -209,6 +217,8 @@ def _readme(
     if setting.network is not None:
         stages.append(f"the network `{setting.model.name}`")
     stages.append(f"{setting.refine} steps of instance optimization" if setting.refine else "no instance optimization")
+    if setting.fine:
+        stages.append(f"{setting.fine} more on a finer grid, where the images are finer than the first one")
     fusion = {
         "majority": "the majority decides",
         "locally_weighted": "those count more that resemble the subject there",
@@ -279,6 +289,7 @@ def label_bundle(
     model: str = "none",
     affine: bool = True,
     refine: int | None = None,
+    fine: int | None = None,
     fusion: str = "majority",
     renumber: bool = False,
     seed: int = 0,
@@ -299,6 +310,7 @@ def label_bundle(
         model: name of a model that came along, file of weights, folder of a bundle, or none.
         affine: whether to estimate the affine; if not, subjects lie as the atlas does by their headers.
         refine: steps of gradient descent on the field; 150 without a network and 50 after one by default.
+        fine: further steps on a finer grid, as those of register.
         fusion: of several atlases, majority or locally_weighted: by how much each resembles the subject there.
         renumber: number the labels 1, 2, ... instead of keeping the ids of the atlas.
         seed: of the affine stage's samples.
@@ -327,7 +339,7 @@ def label_bundle(
         raise ValueError("an atlas needs both atlas_image and atlas_label.")
     listed = [(str(atlas_image), str(atlas_label))] if atlases is None else _read_csv(atlases)
     given = _read_names(names)
-    setting = Setting(RegistrationOptions(model, refine=refine, seed=seed, device="cpu"))
+    setting = Setting(RegistrationOptions(model, refine=refine, fine=fine, seed=seed, device="cpu"))
     subjects = [read_subject("atlas", image, label) for image, label in listed]
     own = _ids(subjects)
     by_own = _label_names(own, given)

@@ -74,6 +74,10 @@ class AtlasSegmentation(nn.Module):
         working_grid: arguments of :py:func:`monai_sacb.data.make_working_grid`.
         refinement: such as :py:class:`monai_sacb.inferers.InstanceOptimization`.
         refine: its steps; 0 for none.
+        fine_grid: arguments of :py:func:`monai_sacb.data.make_working_grid` for a finer grid, on which the refinement
+            goes on where atlas and subject have more to show; None for none.
+        fine_refinement: such as :py:class:`monai_sacb.inferers.InstanceOptimization`, for that grid.
+        fine: its steps; 0 for none.
         affine_stage: such as :py:class:`monai_sacb.inferers.AffineRegistration`; None where the headers of atlases and
             subjects say how they lie to each other.
         fusion: how the labels of several atlases become one map; by majority by default.
@@ -92,11 +96,17 @@ class AtlasSegmentation(nn.Module):
         working_grid: Mapping[str, Any],
         refinement: Callable[..., torch.Tensor],
         refine: int = 0,
+        fine_grid: Mapping[str, Any] | None = None,
+        fine_refinement: Callable[..., torch.Tensor] | None = None,
+        fine: int = 0,
         affine_stage: Callable[..., torch.Tensor] | None = None,
         fusion: LabelFusion | None = None,
     ) -> None:
         super().__init__()
         check_count("refine", refine, 0)
+        check_count("fine", fine, 0)
+        if fine > 0 and (fine_grid is None or fine_refinement is None):
+            raise ValueError(f"fine = {fine} steps need fine_grid and fine_refinement.")
         self.atlases = _read_atlases(Path(bundle_root), atlases)
         # one type for all subjects, the smallest that holds every id
         highest = max(int(plain_tensor(atlas.label).max()) for atlas in self.atlases)
@@ -106,6 +116,7 @@ class AtlasSegmentation(nn.Module):
         self.working_grid = dict(working_grid)
         self.refinement = refinement
         self.refine = int(refine)
+        self.fine_grid, self.fine_refinement, self.fine = fine_grid, fine_refinement, int(fine)
         self.affine_stage = affine_stage
         self.fusion = LabelFusion() if fusion is None else fusion
         self.inferer = RegistrationInferer()
@@ -128,6 +139,8 @@ class AtlasSegmentation(nn.Module):
         ddf = pair.network_ddf(self.network, self.inferer, device)
         if self.refine > 0:
             ddf = pair.refined_ddf(ddf, self.refinement, self.refine)
+        if self.fine_grid is not None and self.fine_refinement is not None:
+            pair, ddf = pair.refined_on_finer_grid(ddf, self.fine_refinement, self.fine, self.fine_grid)
         ddf = ddf.float().cpu()
         mapping = SpatialMapping([pair.displacement(ddf).resampled(subject.grid), pair.affine])
         label = plain_tensor(resample_volume(atlas.label, mapping, subject.grid, mode="label"))

@@ -25,7 +25,7 @@ from monai.data import MetaTensor
 from monai_sacb.apps import AtlasSegmentation, label_bundle, register
 from monai_sacb.apps.cli import main
 from monai_sacb.networks.nets import ResNetPyramidEncoder, SACBNet
-from monai_sacb.utils import bundle_source
+from monai_sacb.utils import bundle_source, file_digest
 
 IDS = [3, 1021]
 NAMES = {"3": "Outer", "1021": "inner part", "77": "not there"}
@@ -246,6 +246,28 @@ def test_the_atlas_that_resembles_the_subject_decides(pair: Pair, tmp_path: Path
     assert scores["majority"] < 0.1 and scores["locally_weighted"] > 0.95
 
 
+def test_details_on_a_finer_grid(pair: Pair, tmp_path: Path) -> None:
+    # a model whose working grid has voxels three times as large as those of the images
+    weights = tmp_path / "coarse.pt"
+    torch.manual_seed(0)
+    torch.save(SACBNet().state_dict(), weights)
+    card = {"sha256": file_digest(weights), "settings": {"working_grid#spacing": 6.0}}
+    weights.with_suffix(".json").write_text(json.dumps(card))
+    scores = {}
+    for fine in (0, 20):
+        folder = label_bundle(
+            str(tmp_path / f"fine_{fine}"),
+            pair.moving,
+            pair.moving_label,
+            model=str(weights),
+            affine=False,
+            refine=40,
+            fine=fine,
+        )
+        scores[fine] = dice(LabelTask(folder)(pair.fixed)[0], array(pair.fixed_label))[3]
+    assert scores[20] > scores[0] + 0.01
+
+
 def test_batch_and_threads_change_nothing(task: LabelTask, pair: Pair) -> None:
     network = task.network
     network.refine = 5
@@ -344,6 +366,8 @@ def test_bad_atlases(atlases: Any, message: str, quick: Path) -> None:
         AtlasSegmentation(quick, atlases, torch.nn.Identity(), lambda data: data, {}, lambda *_: None)
     with pytest.raises(ValueError, match="refine"):
         AtlasSegmentation(quick, atlases, torch.nn.Identity(), lambda data: data, {}, lambda *_: None, refine=-1)
+    with pytest.raises(ValueError, match="fine = 3 steps need fine_grid and fine_refinement"):
+        AtlasSegmentation(quick, atlases, torch.nn.Identity(), lambda data: data, {}, lambda *_: None, fine=3)
 
 
 BAD_IMAGES = {
