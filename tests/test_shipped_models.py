@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from monai_sacb.networks import available_models, load_pretrained
 from monai_sacb.networks.nets import SACBNet
@@ -37,7 +38,11 @@ def test_card(path: Path) -> None:
     assert path.stat().st_size < 25 * MEGABYTE
     for key in ("title", "data", "licence", "date", "versions"):
         assert card[key]
-    assert "monai.bundle run training" in card["training"]["command"] and isinstance(card["training"]["seed"], int)
+    command = card["training"]["command"]
+    if command.startswith("benchmarks/"):
+        # of several stages
+        command = (BUNDLE.parent / command.split()[0]).read_text(encoding="utf-8")
+    assert "monai.bundle run training" in command and isinstance(card["training"]["seed"], int)
     assert 0.5 < card["metrics"]["val_dice/mean"] < 1
     assert f"models/{path.name}" in (BUNDLE / "docs" / "data_license.txt").read_text(encoding="utf-8")
 
@@ -60,10 +65,11 @@ def test_training_is_kept(path: Path) -> None:
 def test_network(path: Path) -> None:
     network = load_pretrained(card_of(path)["name"])
     assert isinstance(network, SACBNet) and not network.training
-    moving, fixed = torch.rand(2, 1, 1, 48, 48, 32, generator=torch.Generator().manual_seed(0))
+    coarse = torch.rand(2, 1, 1, 10, 10, 8, generator=torch.Generator().manual_seed(0))
+    moving, fixed = (F.interpolate(image, size=(48, 48, 32), mode="trilinear") for image in coarse)
     with torch.inference_mode():
         there = network(torch.cat([moving, fixed], 1))
         same = network(torch.cat([fixed, fixed], 1))
     assert torch.isfinite(there).all() and there.abs().max() > 0.5
     # a trained network moves nothing far where there is nothing to be moved
-    assert same.abs().mean() < 0.5 * there.abs().mean() or same.abs().mean() < 0.5
+    assert same.abs().mean() < 0.6 * there.abs().mean()

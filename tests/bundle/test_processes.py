@@ -177,7 +177,11 @@ def test_training_equals_that_of_one_process(workflow: Make, slices: Path, tmp_p
     shown = pictures(one)
     assert shown.keys() == pictures(two).keys() == {"registration", "clusters"}
     assert all(len(steps) == 3 and min(steps.values()) > 0.1 for steps in shown.values())
-    assert pairs_of(one) == pairs_of(two) and len(pairs_of(one)) == len(PAIRS)
+    assert len(pairs_of(one)) == len(PAIRS)
+    for expected_row, found_row in zip(pairs_of(one), pairs_of(two), strict=True):
+        assert found_row[:2] == expected_row[:2]
+        # the weights differ by rounding
+        assert [float(v) for v in found_row[2:]] == pytest.approx([float(v) for v in expected_row[2:]], rel=1e-4)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     assert summaries[0] == pytest.approx(summaries[1])
     assert files_of(one) == files_of(two) and "registered/image_5_to_image_6/warped.nii.gz" in files_of(one)
