@@ -26,8 +26,11 @@ def expected_memory_mb(
         fine: voxels of the finer grid that the refinement ends on; 0 where it does not.
     """
     refined = max(working if refine else 0, fine)
-    peak = max(costs["network_mb_per_million"] * working * network, costs["refinement_mb_per_million"] * refined)
-    return costs["base_mb"] + (costs["native_mb_per_million"] * native + peak) / 1e6
+    compute = max(costs["network_mb_per_million"] * working * network, costs["refinement_mb_per_million"] * refined)
+    # the field is found before anything is made at the images' own size
+    found = costs["reading_mb_per_million"] * native + compute
+    written = costs["native_mb_per_million"] * native + costs["field_mb_per_million"] * max(working, fine)
+    return costs["base_mb"] + max(found, written) / 1e6
 
 
 def check_memory(expected: float) -> None:

@@ -14,7 +14,9 @@ from monai_sacb.utils import available_memory_mb, peak_memory_mb, resources
 
 COSTS = {
     "base_mb": 1000,
+    "reading_mb_per_million": 10,
     "native_mb_per_million": 50,
+    "field_mb_per_million": 100,
     "network_mb_per_million": 400,
     "refinement_mb_per_million": 300,
 }
@@ -24,12 +26,13 @@ COSTS = {
     ("native", "working", "network", "refine", "fine", "expected"),
     [
         (0, 0, False, 0, 0, 1000),
-        (2_000_000, 10**6, False, 0, 0, 1100),
-        (2_000_000, 10**6, False, 5, 0, 1400),
-        (2_000_000, 500_000, True, 5, 0, 1300),
+        (2_000_000, 10**6, False, 0, 0, 1200),
+        (2_000_000, 10**6, False, 5, 0, 1320),
+        (2_000_000, 500_000, True, 5, 0, 1220),
         # the two grids one after the other
-        (2_000_000, 500_000, True, 5, 10**6, 1400),
-        (210_000_000, 10**6, True, 0, 0, 11_900),
+        (2_000_000, 500_000, True, 5, 10**6, 1320),
+        (210_000_000, 10**6, True, 0, 0, 11_600),
+        (210_000_000, 10**6, True, 5, 8 * 10**6, 12_300),
     ],
 )
 def test_expected(native: int, working: int, network: bool, refine: int, fine: int, expected: float) -> None:
