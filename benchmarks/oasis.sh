@@ -8,7 +8,8 @@
 #   benchmarks/oasis.sh ALIGNED_2MM OUTPUT_DIR
 #
 # ALIGNED_2MM has images/ and labels/ of one name each, labels renumbered as data_oasis.json says. Each subject is laid
-# on the next, the last on the first. SUBJECTS, LIMIT and METHODS in the environment change how much is done.
+# on the next, the last on the first. SUBJECTS, LIMIT, METHODS and CONTRASTS in the environment change how much is done.
+# With FILES=true, as for images of 1 mm, the model is not given the arrays, which it is not for, but register the files.
 set -euo pipefail
 data=$(realpath "${1:?the folder with images and labels}")
 output=${2:?a folder for the results}
@@ -29,13 +30,17 @@ pairs = [
 ]
 target.write_text(json.dumps({"training": [], "validation": subjects, "registration_val": pairs}))
 PYTHON
-for steps in 0 100; do
+network=(--weights "brain=$model,$configs/brain.json" --refine 100) steps="0 100"
+if test "${FILES:-false}" = true; then
+    network=() steps="" methods+=(application_brain)
+fi
+for steps in $steps; do
     python -m monai.bundle run evaluating --dataset_dir "$output/data" --output_dir "$output/refined_$steps" \
         --config_file "['$configs/train.json', '$configs/data_oasis.json', '$configs/evaluate.json']" \
         --renumbered true --network_def#self_similarity True --ckpt_path "$model" --refine "$steps" --saved_pairs 0
 done
-for contrast in same inverted gamma; do
+for contrast in ${CONTRASTS:-same inverted gamma}; do
     python "$here/peers.py" --dataset oasis --set renumbered=true --dataset_dir "$output/data" --threads 1 \
         --output_dir "$output/$contrast" --contrast "$contrast" --limit "${LIMIT:-5}" --methods "${methods[@]}" \
-        --weights "brain=$model,$configs/brain.json" --refine 100
+        "${network[@]}"
 done

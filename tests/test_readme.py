@@ -144,6 +144,7 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
             if not (OASIS / "aligned_2mm").is_dir():
                 continue
             command = command.replace("$DATA/raw --pairs 1 ", "$DATA/aligned_2mm --pairs 1 ")
+            command = command.replace("$DATA/aligned_1mm", "$DATA/aligned_2mm")
             command = command.replace("benchmarks/oasis.sh", "SUBJECTS=2 LIMIT=1 METHODS=identity benchmarks/oasis.sh")
             command = command.replace("--pairs 10 2", "--pairs 1 0").replace("--refine 200", "--refine 1")
             command = re.sub(r"--steps .*", "--steps 0 1", command.replace("--pairs 4", "--pairs 1"))
