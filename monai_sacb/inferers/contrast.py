@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from monai_sacb.networks.layers import warp
 from monai_sacb.utils import check_count
 
-__all__ = ["match_contrast"]
+__all__ = ["common_region", "match_contrast"]
 
 # of the Gaussian along the bins, in bins
 SIGMA = 1.0
@@ -51,6 +51,16 @@ def _match(moving: torch.Tensor, warped: torch.Tensor, fixed: torch.Tensor, num_
     curve[0] = background
     index, upper = place(moving)
     return torch.lerp(curve[index], curve[index + 1], upper)
+
+
+def common_region(
+    fixed: torch.Tensor, ddf: torch.Tensor, moving_mask: torch.Tensor | None, fixed_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Where a field leads from the fixed image into the moving one, inside the masks: bool, ``(B, 1, *spatial)``."""
+    inside = torch.ones_like(fixed[:, :1]) if moving_mask is None else (moving_mask != 0).to(fixed.dtype)
+    # wholly inside: at the border of an image, interpolation mixes in zeros
+    counted = warp(inside, ddf) > 0.99
+    return counted if fixed_mask is None else counted & (fixed_mask != 0)
 
 
 def match_contrast(
@@ -99,11 +109,7 @@ def match_contrast(
                 f"{list(mask.shape)}."
             )
     with torch.no_grad():
-        inside = torch.ones_like(fixed[:, :1]) if moving_mask is None else (moving_mask != 0).to(fixed.dtype)
-        # wholly inside: at the border of an image, interpolation mixes in zeros
-        counted = warp(inside, ddf) > 0.99
-        if fixed_mask is not None:
-            counted = counted & (fixed_mask != 0)
+        counted = common_region(fixed, ddf, moving_mask, fixed_mask)
         warped = warp(moving, ddf)
         return torch.stack(
             [

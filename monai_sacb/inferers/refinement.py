@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from monai_sacb.inferers.contrast import match_contrast
+from monai_sacb.inferers.contrast import common_region, match_contrast
 from monai_sacb.inferers.control_grid import ControlGrid, coarser_shape, resample_field, resample_image
 from monai_sacb.inferers.masked_similarity import fill_outside, masked_similarity
 from monai_sacb.losses import FoldPenaltyLoss, GradientPenaltyLoss, LNCCLoss
@@ -124,9 +124,7 @@ def _descend(
 def _with_matched_contrast(pair: _Pair, ddf: torch.Tensor, gain: float) -> _Pair:
     """A further channel of the moving image in the contrast of the fixed one, if that explains the fixed one better."""
     matched = match_contrast(pair.moving, pair.fixed, ddf, pair.moving_mask, pair.fixed_mask)
-    counted = warp(torch.ones_like(pair.fixed[:, :1]) if pair.moving_mask is None else pair.moving_mask, ddf) > 0.99
-    if pair.fixed_mask is not None:
-        counted = counted & (pair.fixed_mask != 0)
+    counted = common_region(pair.fixed, ddf, pair.moving_mask, pair.fixed_mask)
 
     def explained(moving: torch.Tensor) -> torch.Tensor:
         """Squared correlation with the fixed image, the mean of the channels."""
