@@ -117,6 +117,8 @@ def test_network_is_used(pair: Pair, tmp_path: Path) -> None:
     labels, _ = LabelTask(folder)(pair.fixed)
     assert not np.array_equal(labels, array(pair.moving_label))
     card = json.loads((Path(folder) / "docs" / "model_card.json").read_text())
+    metadata = json.loads((Path(folder) / "configs" / "metadata.json").read_text())
+    assert any("SACB-Net" in reference for reference in metadata["references"])
     assert card["name"] == model and "CC-BY-SA" in (Path(folder) / "docs" / "data_license.txt").read_text()
     register(
         fixed=pair.fixed,
@@ -148,7 +150,10 @@ def test_files(bundle: Path) -> None:
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
     source = json.loads((bundle_source() / "configs" / "metadata.json").read_text())
     assert "monai_sacb" in metadata["required_packages_version"]
-    assert source.keys() - metadata.keys() <= {"data_source", "label_classes", "eval_metrics"}
+    # without a network, there is nothing of its paper in it
+    assert source.keys() - metadata.keys() <= {"data_source", "label_classes", "eval_metrics", "references"}
+    # the atlas is not of this project's authors
+    assert all("not stated" in metadata[key] and "monai_sacb" not in metadata[key] for key in ("authors", "copyright"))
     assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"] == {
         "0": "background",
         "3": "Outer",
@@ -416,6 +421,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "negative label": ({"label": {3: -4}}, r"the atlas has the label -4"),
     "names are a list": ({"given": ["a"]}, r"must be a JSON object of ids and names"),
     "names by name": ({"given": {"Outer": 3}}, r"must be a JSON object of ids and names"),
+    "names are a list of pairs": ({"given": [["3", "Outer"]]}, r"must be a JSON object of ids and names"),
+    "names are a number": ({"given": 3}, r"must be a JSON object of ids and names"),
+    "a label twice": (
+        {"given": {"0003": "Outer", "1021": "inner", "3": "shell"}},
+        r"names 'names.json' names the label 3 more than once, as '0003' and '3'\.",
+    ),
     "a name is no text": ({"given": {"3": 3}}, r"gives the label 3 no name, but 3"),
     "a name is empty": ({"given": {"3": " "}}, r"gives the label 3 no name"),
     "names alike": ({"given": {"3": "Part", "1021": "part"}}, r"several labels are called 'Part'"),
@@ -438,6 +449,12 @@ def test_mistake(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         label_bundle(**given)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_key_twice_in_names(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text('{"3": "Outer", "3": "shell"}')
+    with pytest.raises(ValueError, match=r"names the label 3 more than once, as '3' and '3'"):
+        label_bundle(str(tmp_path / "a"), pair.moving, pair.moving_label, names=str(tmp_path / "names.json"))
 
 
 @pytest.mark.parametrize(
