@@ -366,7 +366,8 @@ def label_bundle(
         table = [{"id": label, "name": text, "atlas_id": o} for (label, text), o in zip(label_names.items(), own)]
         write_json(table, folder / "atlas" / "labels.json")
         write_json(config, folder / "configs" / "inference.json")
-        write_json(_metadata(name, label_names, len(subjects), setting.network is not None), folder / "configs" / "metadata.json")
+        metadata = _metadata(name, label_names, len(subjects), setting.network is not None)
+        write_json(metadata, folder / "configs" / "metadata.json")
         shutil.copyfile(bundle_source() / "configs" / "logging.conf", folder / "configs" / "logging.conf")
         readme = _readme(target.name, name, setting, options, label_names, own, len(subjects))
         (folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
