@@ -10,8 +10,10 @@ fixed image's space to its partner in the moving image's space, which is what IT
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import re
+import signal
 import struct
 import tempfile
 from pathlib import Path
@@ -53,7 +55,6 @@ BYTES_PER_VALUE, BASE_BYTES = 8, 1 << 15
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # an affine in MATLAB's form has a few hundred bytes
 MAX_MATLAB_BYTES = 1 << 20
-# a matrix of RAS points made one of LPS points, and back
 
 
 def mapping_to_itk(mapping: SpatialMapping) -> Any:
@@ -257,6 +258,42 @@ def _read_text(text: str) -> list[Any]:
             return list(itk.transformread(str(file)))
 
 
+def _refuse_damaged_hdf5(path: Path) -> None:
+    """Some files crash the process in which HDF5 reads them, others the end of it: that is to be another one."""
+    if not hasattr(os, "fork"):
+        return
+    source, target = os.pipe()
+    with open(source, encoding="utf-8") as answer:
+        child = os.fork()
+        if child == 0:
+            try:
+                faulthandler.disable()
+                itk.transformread(str(path))
+            except READ_ERRORS as error:
+                os.write(target, read_failure(error).encode())
+            finally:
+                os._exit(0)
+        try:
+            os.close(target)
+            failure = answer.read()
+            _, status = os.waitpid(child, 0)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+    if os.WIFSIGNALED(status) or failure:
+        raise ValueError(failure or "HDF5 crashes on it")
+
+
+def _read_hdf5(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
+            raise ValueError("it is no HDF5 file")
+    with quiet_itk():
+        _refuse_damaged_hdf5(path)
+        return list(itk.transformread(str(path)))
+
+
 def read_transform(path: str | os.PathLike[str]) -> SpatialMapping:
     """
     Read a mapping from a file of ITK, ANTs or 3D Slicer.
@@ -278,11 +315,7 @@ def read_transform(path: str | os.PathLike[str]) -> SpatialMapping:
         if not path.is_file():
             raise ValueError("there is no such file")
         if has_suffix(path, HDF5_SUFFIXES):
-            with path.open("rb") as file:
-                if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
-                    raise ValueError("it is no HDF5 file")
-            with quiet_itk():
-                transforms = list(itk.transformread(str(path)))
+            transforms = _read_hdf5(path)
         elif has_suffix(path, TEXT_SUFFIXES):
             transforms = _read_text(path.read_text(encoding="utf-8"))
         elif has_suffix(path, (".mat",)):
