@@ -23,6 +23,8 @@ import itk
 import numpy as np
 import torch
 
+from monai.utils import optional_import
+
 from monai_sacb.data.displacement_files import (
     NIFTI_SUFFIXES,
     READ_ERRORS,
@@ -39,6 +41,8 @@ from monai_sacb.utils import replacing
 
 __all__ = ["mapping_from_itk", "mapping_to_itk", "read_transform", "write_transform"]
 
+# not on Windows
+resource, has_resource = optional_import("resource")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 TEXT_SUFFIXES = (".tfm", ".txt")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -51,6 +55,8 @@ FIELD_CLASSES = (
 )
 # of a transform file, before compression: double precision, and what a composite of affines takes
 BYTES_PER_VALUE, BASE_BYTES = 8, 1 << 15
+# of a CPU, to read a file: many times what it takes
+BASE_SECONDS, BYTES_PER_SECOND = 5, 1 << 20
 # the disk, the quota, or the largest size of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # an affine in MATLAB's form has a few hundred bytes
@@ -259,15 +265,17 @@ def _read_text(text: str) -> list[Any]:
 
 
 def _refuse_damaged_hdf5(path: Path) -> None:
-    """Some files crash the process in which HDF5 reads them, others the end of it: that is to be another one."""
-    if not hasattr(os, "fork"):
+    """On some files HDF5 crashes, at once or when the process ends, or never stops: let that be another process."""
+    if not has_resource:
         return
+    seconds = BASE_SECONDS + path.stat().st_size // BYTES_PER_SECOND
     source, target = os.pipe()
     with open(source, encoding="utf-8") as answer:
         child = os.fork()
         if child == 0:
             try:
                 faulthandler.disable()
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
                 itk.transformread(str(path))
             except READ_ERRORS as error:
                 os.write(target, read_failure(error).encode())
@@ -281,8 +289,8 @@ def _refuse_damaged_hdf5(path: Path) -> None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             raise
-    if os.WIFSIGNALED(status) or failure:
-        raise ValueError(failure or "HDF5 crashes on it")
+    if status != 0 or failure:
+        raise ValueError(failure or "HDF5 crashes on it, or comes to no end")
 
 
 def _read_hdf5(path: Path) -> list[Any]:

@@ -272,16 +272,22 @@ def test_damaged_files_end_in_a_sentence(tmp_path: Path) -> None:
             read_transform(tmp_path / "t.h5")
 
 
-def test_crash_of_hdf5_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["crash", "loop"])
+def test_crash_of_hdf5_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     write_transform(mapping_of(), tmp_path / "t.h5")
     here = os.getpid()
 
     def crash(path: str) -> None:
         assert os.getpid() != here
+        while end == "loop":
+            pass
         os.kill(os.getpid(), signal.SIGSEGV)
 
     monkeypatch.setattr(itk, "transformread", crash)
-    with pytest.raises(ValueError, match=r"^cannot read the transform '.*t\.h5': HDF5 crashes on it\.$"):
+    monkeypatch.setattr("monai_sacb.data.transform_files.BASE_SECONDS", 1)
+    with pytest.raises(
+        ValueError, match=r"^cannot read the transform '.*t\.h5': HDF5 crashes on it, or comes to no end\.$"
+    ):
         read_transform(tmp_path / "t.h5")
 
 
