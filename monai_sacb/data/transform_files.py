@@ -269,13 +269,15 @@ def _refuse_damaged_hdf5(path: Path) -> None:
     if not has_resource:
         return
     seconds = BASE_SECONDS + path.stat().st_size // BYTES_PER_SECOND
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limits = (seconds if most == resource.RLIM_INFINITY else min(seconds, most), most)
     source, target = os.pipe()
     with open(source, encoding="utf-8") as answer:
         child = os.fork()
         if child == 0:
             try:
                 faulthandler.disable()
-                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+                resource.setrlimit(resource.RLIMIT_CPU, limits)
                 itk.transformread(str(path))
             except READ_ERRORS as error:
                 os.write(target, read_failure(error).encode())
