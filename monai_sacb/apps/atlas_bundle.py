@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -52,21 +53,22 @@ def _read_csv(path: str) -> list[tuple[str, str]]:
     root = Path(path).parent
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+            header, *rows = [[value.strip() for value in row] for row in csv.reader(file, strict=True)] or [[]]
     except OSError as error:
         raise FileNotFoundError(f"cannot read atlases '{path}': {error.strerror}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read atlases '{path}': {error}.") from error
-
-    def is_complete(row: Mapping[str, Any]) -> bool:
-        return set(row) == {"image", "label"} and all((name or "").strip() for name in row.values())
-
-    if not rows or not all(map(is_complete, rows)):
+    rows = [row for row in rows if any(row)]
+    if sorted(header) != ["image", "label"] or not rows or not all(len(row) == 2 and all(row) for row in rows):
         raise ValueError(f"atlases '{path}' must have the columns image and label, and a file of both in each line.")
-    first, second = (
-        [str(root / os.path.expanduser(row[column].strip())) for row in rows] for column in ("image", "label")
-    )
-    return list(zip(first, second))
+    places = [[str(root / os.path.expanduser(value)) for value in row] for row in rows]
+    listed = [(place[header.index("image")], place[header.index("label")]) for place in places]
+    # one image may have label maps of several observers
+    counts = Counter(tuple(map(os.path.realpath, atlas)) for atlas in listed)
+    repeated = [image for image, label in listed if counts[os.path.realpath(image), os.path.realpath(label)] > 1]
+    if repeated:
+        raise ValueError(f"atlases '{path}' lists '{repeated[0]}' twice with one label map; it would have two votes.")
+    return listed
 
 
 def _read_names(path: str | None) -> dict[int, str]:
@@ -74,15 +76,22 @@ def _read_names(path: str | None) -> dict[int, str]:
     if path is None:
         return {}
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = {int(key): value for key, value in content.items()}
+        # objects as tuples of entries, since of two entries with one key a dictionary keeps the last
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
+        if not isinstance(content, tuple):
+            raise ValueError(f"got {type(content).__name__}")
+        entries = [(int(key), name) for key, name in content]
     except OSError as error:
         raise FileNotFoundError(f"cannot read names '{path}': {error.strerror}.") from error
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f'names \'{path}\' must be a JSON object of ids and names, as {{"17": "hippocampus"}}.'
         ) from error
-    wrong = [key for key, name in names.items() if not isinstance(name, str) or not name.strip()]
+    names = dict(entries)
+    repeated = [key for key, number in Counter(key for key, _ in entries).items() if number > 1]
+    if repeated:
+        raise ValueError(f"names '{path}' gives the label {repeated[0]} several names.")
+    wrong = [key for key, name in entries if not isinstance(name, str) or not name.strip()]
     if wrong:
         raise ValueError(f"names '{path}' gives the label {wrong[0]} no name, but {names[wrong[0]]!r}.")
     # in one line, as they stand in tables

@@ -418,6 +418,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "names by name": ({"given": {"Outer": 3}}, r"must be a JSON object of ids and names"),
     "a name is no text": ({"given": {"3": 3}}, r"gives the label 3 no name, but 3"),
     "a name is empty": ({"given": {"3": " "}}, r"gives the label 3 no name"),
+    "two names of one label": (
+        {"text": '{"3": "a", "03": "b"}'},
+        r"names 'names.json' gives the label 3 several names",
+    ),
     "names alike": ({"given": {"3": "Part", "1021": "part"}}, r"several labels are called 'Part'"),
     "background": ({"given": {"3": "Background"}}, r"the label 3 must not be called 'background'"),
 }
@@ -434,6 +438,9 @@ def test_mistake(
     if "given" in changes:
         (tmp_path / "names.json").write_text(json.dumps(given.pop("given")))
         given["names"] = "names.json"
+    if "text" in changes:
+        (tmp_path / "names.json").write_text(given.pop("text"))
+        given["names"] = "names.json"
     before = sorted(os.listdir(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         label_bundle(**given)
@@ -447,6 +454,24 @@ def test_mistake(
 def test_bad_list_of_atlases(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=r"a\.csv' must have the columns image and label"):
+        label_bundle(str(tmp_path / "atlas"), atlases=str(tmp_path / "a.csv"))
+
+
+def test_files_as_spreadsheets_and_editors_write_them(pair: Pair, tmp_path: Path) -> None:
+    """With a byte order mark, spaces behind commas, the columns in any order, and empty lines."""
+    (tmp_path / "a.csv").write_text(f"\ufefflabel, image\n{pair.moving_label}, {pair.moving}\n\n , \n")
+    (tmp_path / "names.json").write_text("\ufeff" + json.dumps(NAMES))
+    folder = label_bundle(
+        str(tmp_path / "atlas"), atlases=str(tmp_path / "a.csv"), names=str(tmp_path / "names.json"), refine=0
+    )
+    assert LabelTask(folder).labels == {"outer": 3, "inner part": 1021}
+    assert np.array_equal(array(Path(folder) / "atlas" / "label.nii.gz"), array(pair.moving_label))
+
+
+def test_an_atlas_has_one_vote(pair: Pair, tmp_path: Path) -> None:
+    again = f"{Path(pair.moving).parent}/../{Path(pair.moving).parent.name}/{Path(pair.moving).name}"
+    (tmp_path / "a.csv").write_text(f"image,label\n{pair.moving},{pair.moving_label}\n{again},{pair.moving_label}\n")
+    with pytest.raises(ValueError, match=r"a\.csv' lists '.*' twice with one label map"):
         label_bundle(str(tmp_path / "atlas"), atlases=str(tmp_path / "a.csv"))
 
 
