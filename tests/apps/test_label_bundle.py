@@ -305,8 +305,13 @@ def test_plain_bundle(
         device="cpu",
     )
     workflow.initialize()
+    written_as = []
+    save = nib.save
+    monkeypatch.setattr(nib, "save", lambda image, path: (written_as.append(Path(path).name), save(image, path)))
     workflow.run()
     assert workflow.check_properties() == []
+    # by other names and renamed
+    assert len(written_as) == 2 and not {"a_seg.nii.gz", "b_seg.nii.gz"} & set(written_as)
     assert sorted(os.listdir(tmp_path / "out")) == ["a_seg.nii.gz", "b_seg.nii.gz"]
     written = nib.load(tmp_path / "out" / "b_seg.nii.gz")
     labels, affine = task(pair.fixed)
