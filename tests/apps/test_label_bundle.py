@@ -505,6 +505,12 @@ def test_nothing_is_left_on_failure(
     assert os.listdir(tmp_path / "new") == []
 
 
+def test_label_bundle_is_no_model_to_register_with(quick: Path, pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"quick' segments by an atlas, .* it is no model to register with"):
+        register(fixed=pair.fixed, moving=pair.moving, output_dir=str(tmp_path / "out"), model=str(quick))
+    assert not (tmp_path / "out").exists()
+
+
 def test_model_that_is_part_of_a_larger_config(pair: Pair, tmp_path: Path) -> None:
     """What the network's entry refers to does not come along, so that its values do."""
     other = tmp_path / "other"
