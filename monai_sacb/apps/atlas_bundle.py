@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -52,21 +53,22 @@ def _read_csv(path: str) -> list[tuple[str, str]]:
     root = Path(path).parent
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+            header, *rows = [[value.strip() for value in row] for row in csv.reader(file, strict=True)] or [[]]
     except OSError as error:
         raise FileNotFoundError(f"cannot read atlases '{path}': {error.strerror}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read atlases '{path}': {error}.") from error
-
-    def is_complete(row: Mapping[str, Any]) -> bool:
-        return set(row) == {"image", "label"} and all((name or "").strip() for name in row.values())
-
-    if not rows or not all(map(is_complete, rows)):
+    rows = [row for row in rows if any(row)]
+    if sorted(header) != ["image", "label"] or not rows or not all(len(row) == 2 and all(row) for row in rows):
         raise ValueError(f"atlases '{path}' must have the columns image and label, and a file of both in each line.")
-    first, second = (
-        [str(root / os.path.expanduser(row[column].strip())) for row in rows] for column in ("image", "label")
-    )
-    return list(zip(first, second))
+    places = [[str(root / os.path.expanduser(value)) for value in row] for row in rows]
+    listed = [(place[header.index("image")], place[header.index("label")]) for place in places]
+    # one image may have label maps of several observers
+    counts = Counter(tuple(map(os.path.realpath, atlas)) for atlas in listed)
+    repeated = [image for image, label in listed if counts[os.path.realpath(image), os.path.realpath(label)] > 1]
+    if repeated:
+        raise ValueError(f"atlases '{path}' lists '{repeated[0]}' twice with one label map; it would have two votes.")
+    return listed
 
 
 def _read_names(path: str | None) -> dict[int, str]:
@@ -75,7 +77,7 @@ def _read_names(path: str | None) -> dict[int, str]:
         return {}
     try:
         # an object as its pairs, since a key may come twice in it
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=tuple)
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
         if not isinstance(content, tuple):
             raise ValueError("not an object")
         keys = [int(key) for key, _ in content]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.jit.frontend import FrontendError
 from tqdm import tqdm
 
 from monai.bundle import ConfigParser
@@ -23,7 +24,7 @@ from monai.utils import optional_import
 
 from monai_sacb.networks import find_model
 from monai_sacb.networks.pretrained import RegistrationModel
-from monai_sacb.utils import replacing
+from monai_sacb.utils import first_line, replacing
 
 __all__ = ["export", "exported_agreement", "load_exported", "save_exported"]
 
@@ -61,7 +62,10 @@ def _save_torchscript(network: nn.Module, path: Path, model: RegistrationModel |
         if (configs / "metadata.json").is_file():
             meta = ConfigParser.load_config_file(str(configs / "metadata.json"))
         files = {"inference.json": (configs / "inference.json").read_bytes()}
-    scripted = convert_to_torchscript(network)
+    try:
+        scripted = convert_to_torchscript(network)
+    except (FrontendError, RuntimeError) as error:
+        raise ValueError(f"the network cannot be written as TorchScript: {first_line(error)}.") from error
     save_net_with_metadata(
         scripted, str(path), include_config_vals=False, append_timestamp=False, meta_values=meta, more_extra_files=files
     )
@@ -116,7 +120,7 @@ def save_exported(
         model: where the network is from: its metadata go into a TorchScript file.
 
     Raises:
-        ValueError: When the ending is another, or the size is missing or does not fit.
+        ValueError: When the ending is another, the size is missing or does not fit, or the network cannot be scripted.
         ModuleNotFoundError: When a package for ``.onnx`` is missing.
     """
     path = Path(path)

@@ -12,6 +12,7 @@ from .pair_dataset import PairDataset
 from .pairs import atlas_to_subject, make_pairs, read_pairs_csv, required_entries, subject_to_atlas
 from .pickle_reader import PickledVolumeReader, read_pickled_arrays
 from .point_files import read_point_set, write_point_set
+from .replacing_writer import ReplacingNibabelWriter
 from .sample import sample_dataset
 from .sharing import SharedRandomSampler, share_dataset
 from .spatial_mapping import Grid, PhysicalField, SpatialMapping, invert_mapping, resample_volume, sample_volume
@@ -25,6 +26,7 @@ __all__ = [
     "PairDataset",
     "PhysicalField",
     "PickledVolumeReader",
+    "ReplacingNibabelWriter",
     "SharedRandomSampler",
     "SpatialMapping",
     "atlas_to_subject",

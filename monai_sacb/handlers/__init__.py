@@ -16,6 +16,7 @@ from .registration_images import RegistrationImages
 from .registration_table import RegistrationTable
 from .resources import PairResources
 from .stop_on_divergence import StopOnDivergence
+from .tracked_run import TrackedRunHandler
 
 __all__ = [
     "BestModelSaver",
@@ -33,5 +34,6 @@ __all__ = [
     "RegistrationImages",
     "RegistrationTable",
     "StopOnDivergence",
+    "TrackedRunHandler",
     "TrainingCheckpoint",
 ]

@@ -162,7 +162,8 @@ def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
 
     Raises:
         FileNotFoundError: When there is no such model.
-        ValueError: When the file beside the weights is broken or does not belong to them.
+        ValueError: When the file beside the weights is broken or does not belong to them, or the bundle registers
+            nothing itself but segments by an atlas.
     """
     name = os.fspath(model)
     if name.lower() == "none":
@@ -175,6 +176,10 @@ def find_model(model: str | os.PathLike[str]) -> RegistrationModel:
         root, weights = path.resolve(), path.resolve() / "models" / "model.pt"
         if not (root / "configs" / "inference.json").is_file() or not weights.is_file():
             raise FileNotFoundError(f"'{name}' is no bundle: it lacks configs/inference.json or models/model.pt.")
+        if (root / "atlas" / "labels.json").is_file():
+            raise ValueError(
+                f"'{name}' segments by an atlas, as label-bundle writes it; it is no model to register with."
+            )
         return _with_card(root.name, root, weights)
     if path.is_file():
         return _with_card(path.stem, bundle_source(), path.resolve())

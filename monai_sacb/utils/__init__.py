@@ -21,7 +21,7 @@ from .processes import (
 )
 from .resources import available_memory_mb, peak_memory_mb
 from .settings import settings_digest
-from .subjects import pair_names, subject_name, subject_names
+from .subjects import file_stem, pair_names, subject_name, subject_names
 from .tensors import image_name, is_exported, is_traced, plain_tensor
 from .weights import compare_states, not_finite, read_checkpoint
 
@@ -32,6 +32,7 @@ __all__ = [
     "check_count",
     "compare_states",
     "file_digest",
+    "file_stem",
     "find_bundle_root",
     "first_line",
     "from_writer",

@@ -11,10 +11,11 @@ from typing import Any
 
 from monai.data import MetaTensor
 
-__all__ = ["pair_names", "subject_name", "subject_names"]
+__all__ = ["file_stem", "pair_names", "subject_name", "subject_names"]
 
 
-def _stem(path: str) -> str:
+def file_stem(path: str) -> str:
+    """Name of a file without the folder and the extension, of which ``.gz`` is a part."""
     name = PurePath(path).name
     # of "sub.01.nii.gz" neither less nor more
     return PurePath(name.removesuffix(".gz")).stem
@@ -22,7 +23,7 @@ def _stem(path: str) -> str:
 
 def subject_name(image: Any) -> str:
     """Name of a subject: the file name of its image without extension; empty where it is not known."""
-    return _stem(str(image.meta.get("filename_or_obj", ""))) if isinstance(image, MetaTensor) else ""
+    return file_stem(str(image.meta.get("filename_or_obj", ""))) if isinstance(image, MetaTensor) else ""
 
 
 def subject_names(paths: Sequence[str]) -> list[str]:
@@ -36,7 +37,7 @@ def subject_names(paths: Sequence[str]) -> list[str]:
         as many names; one name for one path.
     """
     depths = dict.fromkeys(paths, 1)
-    parts = {path: (*PurePath(path).parts[:-1], _stem(path)) for path in depths}
+    parts = {path: (*PurePath(path).parts[:-1], file_stem(path)) for path in depths}
     repeated = Counter(parts.values())
     # "a.nii" beside "a.mha"
     parts = {path: PurePath(path).parts if repeated[part] > 1 else part for path, part in parts.items()}

@@ -164,6 +164,16 @@ def test_ill_arguments(
     assert list(folder.rglob("*")) == []
 
 
+class Unscriptable(nn.Module):
+    def forward(self, x: torch.Tensor, **more: int) -> torch.Tensor:
+        return x
+
+
+def test_network_that_cannot_be_scripted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be written as TorchScript: .*variable number of arguments[^\n]*$"):
+        save_exported(Unscriptable().eval(), tmp_path / "net.ts", None)
+
+
 def test_file_of_another_kind(weights: str) -> None:
     with pytest.raises(ValueError, match=r"is a file \.ts, \.onnx, \.pt2, got the ending '\.pt'"):
         load_exported(weights)

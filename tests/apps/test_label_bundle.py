@@ -310,8 +310,13 @@ def test_plain_bundle(
         device="cpu",
     )
     workflow.initialize()
+    written_as = []
+    save = nib.save
+    monkeypatch.setattr(nib, "save", lambda image, path: (written_as.append(Path(path).name), save(image, path)))
     workflow.run()
     assert workflow.check_properties() == []
+    # by other names and renamed
+    assert len(written_as) == 2 and not {"a_seg.nii.gz", "b_seg.nii.gz"} & set(written_as)
     assert sorted(os.listdir(tmp_path / "out")) == ["a_seg.nii.gz", "b_seg.nii.gz"]
     written = nib.load(tmp_path / "out" / "b_seg.nii.gz")
     labels, affine = task(pair.fixed)
@@ -429,6 +434,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a name is no text": ({"given": {"3": 3}}, r"gives the label 3 no name, but 3"),
     "a name is empty": ({"given": {"3": " "}}, r"gives the label 3 no name"),
+    "a key twice": (
+        {"text": '{"3": "a", "3": "b"}'},
+        r"names 'names.json' names the label 3 more than once, as '3' and '3'\.",
+    ),
     "names alike": ({"given": {"3": "Part", "1021": "part"}}, r"several labels are called 'Part'"),
     "background": ({"given": {"3": "Background"}}, r"the label 3 must not be called 'background'"),
 }
@@ -445,16 +454,13 @@ def test_mistake(
     if "given" in changes:
         (tmp_path / "names.json").write_text(json.dumps(given.pop("given")))
         given["names"] = "names.json"
+    if "text" in changes:
+        (tmp_path / "names.json").write_text(given.pop("text"))
+        given["names"] = "names.json"
     before = sorted(os.listdir(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         label_bundle(**given)
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_key_twice_in_names(pair: Pair, tmp_path: Path) -> None:
-    (tmp_path / "names.json").write_text('{"3": "Outer", "3": "shell"}')
-    with pytest.raises(ValueError, match=r"names the label 3 more than once, as '3' and '3'"):
-        label_bundle(str(tmp_path / "a"), pair.moving, pair.moving_label, names=str(tmp_path / "names.json"))
 
 
 @pytest.mark.parametrize(
@@ -464,6 +470,24 @@ def test_key_twice_in_names(pair: Pair, tmp_path: Path) -> None:
 def test_bad_list_of_atlases(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=r"a\.csv' must have the columns image and label"):
+        label_bundle(str(tmp_path / "atlas"), atlases=str(tmp_path / "a.csv"))
+
+
+def test_files_as_spreadsheets_and_editors_write_them(pair: Pair, tmp_path: Path) -> None:
+    """With a byte order mark, spaces behind commas, the columns in any order, and empty lines."""
+    (tmp_path / "a.csv").write_text(f"\ufefflabel, image\n{pair.moving_label}, {pair.moving}\n\n , \n")
+    (tmp_path / "names.json").write_text("\ufeff" + json.dumps(NAMES))
+    folder = label_bundle(
+        str(tmp_path / "atlas"), atlases=str(tmp_path / "a.csv"), names=str(tmp_path / "names.json"), refine=0
+    )
+    assert LabelTask(folder).labels == {"outer": 3, "inner part": 1021}
+    assert np.array_equal(array(Path(folder) / "atlas" / "label.nii.gz"), array(pair.moving_label))
+
+
+def test_an_atlas_has_one_vote(pair: Pair, tmp_path: Path) -> None:
+    again = f"{Path(pair.moving).parent}/../{Path(pair.moving).parent.name}/{Path(pair.moving).name}"
+    (tmp_path / "a.csv").write_text(f"image,label\n{pair.moving},{pair.moving_label}\n{again},{pair.moving_label}\n")
+    with pytest.raises(ValueError, match=r"a\.csv' lists '.*' twice with one label map"):
         label_bundle(str(tmp_path / "atlas"), atlases=str(tmp_path / "a.csv"))
 
 
@@ -490,6 +514,12 @@ def test_nothing_is_left_on_failure(
     # private until it is done
     assert modes == [0o700]
     assert os.listdir(tmp_path / "new") == []
+
+
+def test_label_bundle_is_no_model_to_register_with(quick: Path, pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"quick' segments by an atlas, .* it is no model to register with"):
+        register(fixed=pair.fixed, moving=pair.moving, output_dir=str(tmp_path / "out"), model=str(quick))
+    assert not (tmp_path / "out").exists()
 
 
 def test_model_that_is_part_of_a_larger_config(pair: Pair, tmp_path: Path) -> None:

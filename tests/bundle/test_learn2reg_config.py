@@ -16,6 +16,7 @@ from scipy.ndimage import map_coordinates
 from monai.bundle import ConfigWorkflow
 
 from monai_sacb.transforms import load_learn2reg_field
+from monai_sacb.utils import sentence
 
 Make = Callable[..., ConfigWorkflow]
 
@@ -71,6 +72,21 @@ def test_a_field_for_every_pair(
         fixed = digits[0]
         assert tuple(field.shape[1:]) == nib.load(challenge / f"Brain_{fixed}_0000.nii.gz").shape
         assert torch.isfinite(field).all() and field.abs().max() > 0.05
+
+
+def test_two_pairs_of_one_name_are_refused_before_any_is_registered(
+    workflow: Make, weights: str, challenge: Path, tmp_path: Path
+) -> None:
+    (challenge / "other").mkdir()
+    again = "other/Brain_0002_0000.nii.gz"
+    (challenge / again).write_bytes((challenge / "Brain_0002_0000.nii.gz").read_bytes())
+    content = json.loads((challenge / "dataset.json").read_text())
+    content["registration_val"].append({"fixed": content["registration_val"][0]["fixed"], "moving": again})
+    (challenge / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(RuntimeError) as caught:
+        workflow("inference", "learn2reg", workflow_type="infer", ckpt_path=weights, dataset_dir=str(challenge)).run()
+    assert "would be written to 'disp_0004_0002'" in sentence(caught.value)
+    assert not (tmp_path / "output" / "submission").exists()
 
 
 def test_the_arrays_warped_as_the_challenge_does_it(

@@ -111,6 +111,21 @@ def test_interrupted_trainings(tracked: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_extended_training(tracked: Make, tmp_path: Path) -> None:
+    """A finished one that is resumed with more epochs has its settings recorded as well, in a run of its own."""
+    train(tracked("train", run_name="given up"), interrupted_at=2)
+    train(tracked("train", max_epochs=1, run_name="first"))
+    train(tracked("train", max_epochs=2, resume=True, run_name="second"))
+    client, runs = recorded(tmp_path / "output")
+    found = {run.info.run_name: run for run in runs}
+    assert set(found) == {"given up", "first", "second"}
+    assert [step for step, _ in curve(client, found["second"], "train_loss")] == [3, 4]
+    expected = {"learning_rate": "0.001", "batch_size": "1", "max_epochs": "2"}
+    assert expected.items() <= found["second"].data.params.items()
+    assert "val_dice" in found["second"].data.metrics and len(curve(client, found["given up"], "train_loss")) == 2
+
+
+@pytest.mark.slow
 def test_evaluation_is_recorded(tracked: Make, tmp_path: Path, weights: str) -> None:
     flow = tracked("train", "evaluate", workflow_type="eval", ckpt_path=weights, experiment_name="mine")
     flow.run()

@@ -386,3 +386,23 @@ def test_two_pairs_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"/e/a_01\.nii\.gz.* would be written to 'disp_0002_0001', as .*/d/a_01"):
         save(pair("/e/a_01.nii.gz", "/d/a_02.nii.gz"))
     assert (tmp_path / "disp_0002_0001.nii.gz").read_bytes() == before
+
+
+def test_names_are_looked_at_beforehand(tmp_path: Path) -> None:
+    save = SaveLearn2Regd(tmp_path)
+    files = ["/d/a_01.nii.gz", "/d/a_02.nii.gz", "/e/a_01.nii.gz"]
+    data = [{"image": name} for name in files]
+    request: dict[str, Any]
+    for pairs, name in (([(0, 1), (2, 1)], "disp_0002_0001"), (None, "disp_0001_0002")):
+        with pytest.raises(ValueError, match=rf"/e/a_01\.nii\.gz'.* would be written to '{name}', as .*/d/a_01"):
+            save.checked({"data": data, "pairs": pairs})
+    for request in (
+        # one pair may be listed twice
+        {"data": data, "pairs": [(0, 1), (1, 2), (0, 1)]},
+        {"data": data[:2], "pairs": None},
+    ):
+        assert save.checked(request) is request
+    with pytest.raises(ValueError, match=r"fixed_image 'anna\.nii\.gz' has no number in its name"):
+        save.checked({"data": [*data, {"image": "anna.nii.gz"}], "pairs": [(1, 0), (0, 3)]})
+    # what was looked at is not what was written
+    save(pair("/e/a_01.nii.gz", "/d/a_02.nii.gz"))
