@@ -235,12 +235,13 @@ def test_the_atlas_that_resembles_the_subject_decides(pair: Pair, tmp_path: Path
     """Two of three atlases are noise with wrong labels."""
     image, truth = nib.load(pair.fixed), array(pair.fixed_label)
     noise = np.random.default_rng(0).random(image.shape).astype(np.float32) * (np.asarray(image.dataobj) > 0)
-    nib.save(nib.Nifti1Image(noise, image.affine), tmp_path / "noise.nii.gz")
+    for name in ("noise", "same_noise"):
+        nib.save(nib.Nifti1Image(noise, image.affine), tmp_path / f"{name}.nii.gz")
     nib.save(
         nib.Nifti1Image(np.where(truth > 0, 1024 - truth, 0).astype(np.int16), image.affine), tmp_path / "wrong.nii.gz"
     )
     (tmp_path / "a.csv").write_text(
-        f"image,label\n{pair.fixed},{pair.fixed_label}\nnoise.nii.gz,wrong.nii.gz\nnoise.nii.gz,wrong.nii.gz\n"
+        f"image,label\n{pair.fixed},{pair.fixed_label}\nnoise.nii.gz,wrong.nii.gz\nsame_noise.nii.gz,wrong.nii.gz\n"
     )
     scores = {}
     for fusion in ("majority", "locally_weighted"):
