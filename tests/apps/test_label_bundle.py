@@ -229,13 +229,14 @@ def test_several_atlases(fusion: str, pair: Pair, tmp_path: Path) -> None:
 def test_the_atlas_that_resembles_the_subject_decides(pair: Pair, tmp_path: Path) -> None:
     """Two of three atlases are noise with wrong labels."""
     image, truth = nib.load(pair.fixed), array(pair.fixed_label)
-    noise = np.random.default_rng(0).random(image.shape).astype(np.float32) * (np.asarray(image.dataobj) > 0)
-    nib.save(nib.Nifti1Image(noise, image.affine), tmp_path / "noise.nii.gz")
+    for seed in (0, 1):
+        noise = np.random.default_rng(seed).random(image.shape).astype(np.float32) * (np.asarray(image.dataobj) > 0)
+        nib.save(nib.Nifti1Image(noise, image.affine), tmp_path / f"noise_{seed}.nii.gz")
     nib.save(
         nib.Nifti1Image(np.where(truth > 0, 1024 - truth, 0).astype(np.int16), image.affine), tmp_path / "wrong.nii.gz"
     )
     (tmp_path / "a.csv").write_text(
-        f"image,label\n{pair.fixed},{pair.fixed_label}\nnoise.nii.gz,wrong.nii.gz\nnoise.nii.gz,wrong.nii.gz\n"
+        f"image,label\n{pair.fixed},{pair.fixed_label}\nnoise_0.nii.gz,wrong.nii.gz\nnoise_1.nii.gz,wrong.nii.gz\n"
     )
     scores = {}
     for fusion in ("majority", "locally_weighted"):
