@@ -7,7 +7,8 @@
 
 Run it by a Python that has monailabel (README.md says how to install it). Each image is asked for once as a study, by
 REST; the first also as an upload, and by the client. All answers must have the shape and the affine of the image and
-be equal; Dice is from the label maps, whose ids must be those of the atlas. Then as many requests as said are sent at
+be equal; Dice is of the structures that the atlas and the subject's label map have, by their ids, 0 for one that the
+answer has lost. Then as many requests as said are sent at
 once, and each answer must be that of before. The server keeps its files in a private folder, which is removed, and is
 stopped in every case.
 """
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,9 +159,9 @@ def check(answer: Path, image: Path) -> np.ndarray:
     return labels
 
 
-def dice(answer: np.ndarray, truth: np.ndarray) -> dict[int, float]:
-    """Of each structure that both have."""
-    ids = sorted({int(i) for i in np.unique(answer)} & {int(i) for i in np.unique(truth)} - {0})
+def dice(answer: np.ndarray, truth: np.ndarray, model_ids: Collection[int]) -> dict[int, float]:
+    """Of each structure that the atlas and the subject have: 0 where the answer has lost it, as in the evaluation."""
+    ids = sorted(set(model_ids) & {int(i) for i in np.unique(truth)} - {0})
     return {
         i: 2 * float(((answer == i) & (truth == i)).sum() / ((answer == i).sum() + (truth == i).sum())) for i in ids
     }
@@ -221,7 +222,8 @@ def main() -> None:
                 difference = np.abs(read(answers / f"{name}.nii.gz")[1] - read(image)[1]).max()
                 line = f"{options.images[number].name}: {seconds:.1f} s, affines differ by {difference:.1g}"
                 if options.labels:
-                    line += f", Dice {scores(dice(results[name], read(options.labels[number])[0]), groups)}"
+                    found = dice(results[name], read(options.labels[number])[0], info["labels"].values())
+                    line += f", Dice of {len(found)} structures: {scores(found, groups)}"
                 say(line)
             first = next(iter(studies))
             asked(address, model, first, answers / "upload.nii.gz", upload=studies[first])

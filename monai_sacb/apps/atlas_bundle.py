@@ -76,22 +76,23 @@ def _read_names(path: str | None) -> dict[int, str]:
     if path is None:
         return {}
     try:
-        # objects as tuples of entries, since of two entries with one key a dictionary keeps the last
+        # an object as its pairs, since a key may come twice in it
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
         if not isinstance(content, tuple):
-            raise ValueError(f"got {type(content).__name__}")
-        entries = [(int(key), name) for key, name in content]
+            raise ValueError("not an object")
+        keys = [int(key) for key, _ in content]
     except OSError as error:
         raise FileNotFoundError(f"cannot read names '{path}': {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f'names \'{path}\' must be a JSON object of ids and names, as {{"17": "hippocampus"}}.'
         ) from error
-    names = dict(entries)
-    repeated = [key for key, number in Counter(key for key, _ in entries).items() if number > 1]
-    if repeated:
-        raise ValueError(f"names '{path}' gives the label {repeated[0]} several names.")
-    wrong = [key for key, name in entries if not isinstance(name, str) or not name.strip()]
+    names = {key: name for key, (_, name) in zip(keys, content)}
+    twice = [key for key in names if keys.count(key) > 1]
+    if twice:
+        written = " and ".join(f"'{text}'" for key, (text, _) in zip(keys, content) if key == twice[0])
+        raise ValueError(f"names '{path}' names the label {twice[0]} more than once, as {written}.")
+    wrong = [key for key, name in names.items() if not isinstance(name, str) or not name.strip()]
     if wrong:
         raise ValueError(f"names '{path}' gives the label {wrong[0]} no name, but {names[wrong[0]]!r}.")
     # in one line, as they stand in tables
@@ -170,12 +171,15 @@ def _config(setting: Setting, options: Mapping[str, Any], number: int) -> dict[s
     return config
 
 
-def _metadata(name: str, names: Mapping[int, str], number: int) -> dict[str, Any]:
+def _metadata(name: str, names: Mapping[int, str], number: int, has_network: bool) -> dict[str, Any]:
     source = json.loads((bundle_source() / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    taken = ("schema", "monai_version", "authors", "copyright", "references")
+    taken = ("schema", "monai_version", *(["references"] if has_network else []))
     shape = {"type": "image", "num_channels": 1, "spatial_shape": ["*", "*", "*"], "is_patch_data": False}
     return {
         **{key: source[key] for key in taken},
+        # whose the atlas is, nobody has said
+        "authors": "not stated",
+        "copyright": "not stated; that of the atlas is that of its source",
         "version": "0.1.0",
         "changelog": {"0.1.0": "written by monai-sacb label-bundle"},
         "pytorch_version": version("torch").split("+")[0],
@@ -364,7 +368,8 @@ def label_bundle(
         table = [{"id": label, "name": text, "atlas_id": o} for (label, text), o in zip(label_names.items(), own)]
         write_json(table, folder / "atlas" / "labels.json")
         write_json(config, folder / "configs" / "inference.json")
-        write_json(_metadata(name, label_names, len(subjects)), folder / "configs" / "metadata.json")
+        metadata = _metadata(name, label_names, len(subjects), setting.network is not None)
+        write_json(metadata, folder / "configs" / "metadata.json")
         shutil.copyfile(bundle_source() / "configs" / "logging.conf", folder / "configs" / "logging.conf")
         readme = _readme(target.name, name, setting, options, label_names, own, len(subjects))
         (folder / "docs" / "README.md").write_text(readme, encoding="utf-8")

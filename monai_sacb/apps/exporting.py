@@ -99,7 +99,7 @@ def _check_form(network: nn.Module, path: Path, size: Sequence[int] | None) -> N
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a network is exported to a file {', '.join(SUFFIXES)}, got the ending '{path.suffix}'.")
     if path.suffix == ".onnx" and not (has_onnx and has_onnxruntime):
-        raise ModuleNotFoundError("export to .onnx needs more packages: pip install 'monai-sacb[export]'.")
+        raise ModuleNotFoundError("export to .onnx needs more packages: pip install onnx onnxruntime onnxscript.")
     if path.suffix == ".ts":
         if size is not None:
             raise ValueError(f"a .ts file takes images of any size; it has none of its own, got size {list(size)}.")

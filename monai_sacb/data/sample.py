@@ -68,7 +68,7 @@ def _template(spacing: float) -> tuple[torch.Tensor, np.ndarray]:
     datasets, found = optional_import("nilearn.datasets")
     if not found:
         raise ModuleNotFoundError(
-            "the built-in sample is made from the brain template of nilearn: pip install 'monai-sacb[sample]', or give "
+            "the built-in sample is made from the brain template of nilearn: pip install nilearn, or give "
             "a dataset_dir of your own."
         )
     images = [

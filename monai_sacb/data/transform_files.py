@@ -10,8 +10,10 @@ fixed image's space to its partner in the moving image's space, which is what IT
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import re
+import signal
 import struct
 import tempfile
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any
 import itk
 import numpy as np
 import torch
+
+from monai.utils import optional_import
 
 from monai_sacb.data.displacement_files import (
     NIFTI_SUFFIXES,
@@ -37,6 +41,8 @@ from monai_sacb.utils import replacing
 
 __all__ = ["mapping_from_itk", "mapping_to_itk", "read_transform", "write_transform"]
 
+# not on Windows
+resource, has_resource = optional_import("resource")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 TEXT_SUFFIXES = (".tfm", ".txt")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -49,11 +55,12 @@ FIELD_CLASSES = (
 )
 # of a transform file, before compression: double precision, and what a composite of affines takes
 BYTES_PER_VALUE, BASE_BYTES = 8, 1 << 15
+# of a CPU, to read a file: many times what it takes
+BASE_SECONDS, BYTES_PER_SECOND = 5, 1 << 20
 # the disk, the quota, or the largest size of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # an affine in MATLAB's form has a few hundred bytes
 MAX_MATLAB_BYTES = 1 << 20
-# a matrix of RAS points made one of LPS points, and back
 
 
 def mapping_to_itk(mapping: SpatialMapping) -> Any:
@@ -257,6 +264,46 @@ def _read_text(text: str) -> list[Any]:
             return list(itk.transformread(str(file)))
 
 
+def _refuse_damaged_hdf5(path: Path) -> None:
+    """On some files HDF5 crashes, at once or when the process ends, or never stops: let that be another process."""
+    if not has_resource:
+        return
+    seconds = BASE_SECONDS + path.stat().st_size // BYTES_PER_SECOND
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limits = (seconds if most == resource.RLIM_INFINITY else min(seconds, most), most)
+    source, target = os.pipe()
+    with open(source, encoding="utf-8") as answer:
+        child = os.fork()
+        if child == 0:
+            try:
+                faulthandler.disable()
+                resource.setrlimit(resource.RLIMIT_CPU, limits)
+                itk.transformread(str(path))
+            except READ_ERRORS as error:
+                os.write(target, read_failure(error).encode())
+            finally:
+                os._exit(0)
+        try:
+            os.close(target)
+            failure = answer.read()
+            _, status = os.waitpid(child, 0)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+    if status != 0 or failure:
+        raise ValueError(failure or "HDF5 crashes on it, or comes to no end")
+
+
+def _read_hdf5(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
+            raise ValueError("it is no HDF5 file")
+    with quiet_itk():
+        _refuse_damaged_hdf5(path)
+        return list(itk.transformread(str(path)))
+
+
 def read_transform(path: str | os.PathLike[str]) -> SpatialMapping:
     """
     Read a mapping from a file of ITK, ANTs or 3D Slicer.
@@ -278,11 +325,7 @@ def read_transform(path: str | os.PathLike[str]) -> SpatialMapping:
         if not path.is_file():
             raise ValueError("there is no such file")
         if has_suffix(path, HDF5_SUFFIXES):
-            with path.open("rb") as file:
-                if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
-                    raise ValueError("it is no HDF5 file")
-            with quiet_itk():
-                transforms = list(itk.transformread(str(path)))
+            transforms = _read_hdf5(path)
         elif has_suffix(path, TEXT_SUFFIXES):
             transforms = _read_text(path.read_text(encoding="utf-8"))
         elif has_suffix(path, (".mat",)):

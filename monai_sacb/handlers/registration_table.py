@@ -195,7 +195,8 @@ class RegistrationTable:
         if first is not None:
             absent = [label for label in self.label_names if math.isnan(summary[f"{first}/{label}"])]
             if absent:
-                self.logger.warning(f"No pair has {', '.join(absent)} in both images: wrong label ids?")
+                quoted = ", ".join(f"'{label}'" for label in absent)
+                self.logger.warning(f"No pair has {quoted} in both images: wrong label ids?")
         self.logger.info("\n" + self._text(summary, tables, len(rows)))
         self._write_csv("pairs.csv", ["moving", "fixed", *columns], zip(*zip(*pairs), *columns.values()))
         self._write_structures(columns, tables)

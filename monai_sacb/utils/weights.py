@@ -75,4 +75,4 @@ def compare_states(expected: Mapping[str, torch.Tensor], given: Mapping[str, tor
     if not missing and not surplus and not misfits:
         return None
     kinds = ((missing, "parameters are missing"), (misfits, "have another shape"), (surplus, "are unknown"))
-    return ", ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for names, what in kinds)
+    return ", ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for names, what in kinds if names)

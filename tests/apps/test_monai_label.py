@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,16 @@ def infer() -> Iterator[Infer]:
             os.unlink(file)
 
     yield ask
+
+
+def test_dice_of_the_server_benchmark() -> None:
+    """A structure that the answer has lost counts as 0; one that the atlas or the subject lacks is left out."""
+    pytest.importorskip("requests")
+    functions = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "label_server.py"))
+    truth, answer = np.array([0, 3, 3, 5, 5, 8]), np.array([0, 3, 9, 3, 0, 3])
+    found = functions["dice"](answer, truth, [3, 5, 9, 77])
+    assert found == {3: pytest.approx(2 * 1 / (3 + 2)), 5: 0.0}
+    assert functions["scores"](found, {"lost": {5}, "neither": {8}}) == "all 0.2000, lost 0.0000, neither none"
 
 
 def test_answer(infer: Infer, pair: Pair, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from scipy import ndimage
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from monai_sacb.networks.nets import SACBNet
+from monai_sacb.utils import bundle_source
+
 Make = Callable[..., ConfigWorkflow]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
@@ -294,6 +297,23 @@ def test_fine_tuning_starts_from_the_given_weights(workflow: Make, tmp_path: Pat
     changes = [(tuned[name].float() - value.float()).abs().max().item() for name, value in start.items()]
     # one step of Adam moves a weight by its learning rate at most
     assert 0 < max(changes) < 1.01e-4
+
+
+def test_fine_tuning_takes_the_kind_of_network_from_the_weights(tmp_path: Path) -> None:
+    # the default, weights of a network that sees the surroundings of voxels
+    shipped = torch.load(bundle_source() / "models" / "model.pt", weights_only=True)
+    wide = SACBNet(spatial_dims=3, in_channels=1, base_channels=8).state_dict()
+    torch.save(wide, tmp_path / "wide.pt")
+    for state, path in ((shipped, None), (wide, str(tmp_path / "wide.pt"))):
+        parser = ConfigParser()
+        parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "finetune")])
+        parser.update(
+            {"bundle_root": str(bundle_source()), "device": "cpu", **({} if path is None else {"init_path": path})}
+        )
+        network = parser.get_parsed_content("network")
+        parser.get_parsed_content("init_loader")()
+        loaded = network.state_dict()
+        assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 def test_fine_tuning_without_weights(workflow: Make, tmp_path: Path) -> None:

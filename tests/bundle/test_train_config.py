@@ -129,7 +129,18 @@ def test_data_with_points(workflow: Make, sample: Path, tmp_path: Path) -> None:
     )
     assert after < 0.2 * before
     # training needs no points by itself
-    assert "moving_landmarks" not in parsed("train#dataset")[0]
+    assert not {"moving_points", "moving_landmarks", "moving_label"} & set(parsed("train#dataset")[0])
+    # and can have them together with labels
+    losses = {}
+    for weight in (0.0, 0.1):
+        given = {"dataset_dir": str(folder), "label_weight": 1.0, "landmark_weight": weight, "max_epochs": 1}
+        both = workflow("train", **given, output_dir=str(tmp_path / str(weight)))
+        trainer = both.parser.get_parsed_content("train#trainer")
+        trainer.run()
+        pair = both.parser.get_parsed_content("train#dataset")[0]
+        assert "moving_label" in pair and ("moving_points" in pair) == (weight > 0)
+        losses[weight] = {name for name in trainer.state.metrics if name.startswith("loss_")}
+    assert losses[0.1] - losses[0.0] == {"loss_landmarks"} and "loss_label" in losses[0.0]
 
 
 def test_resume_is_bit_equal(workflow: Make, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -268,6 +270,45 @@ def test_damaged_files_end_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "t.h5").write_bytes(good[: int(share * len(good))])
         with pytest.raises(ValueError, match=r"^cannot read the transform"):
             read_transform(tmp_path / "t.h5")
+
+
+@pytest.mark.parametrize("end", ["crash", "loop"])
+def test_crash_of_hdf5_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    write_transform(mapping_of(), tmp_path / "t.h5")
+    here = os.getpid()
+
+    def crash(path: str) -> None:
+        assert os.getpid() != here
+        while end == "loop":
+            pass
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr(itk, "transformread", crash)
+    monkeypatch.setattr("monai_sacb.data.transform_files.BASE_SECONDS", 1)
+    with pytest.raises(
+        ValueError, match=r"^cannot read the transform '.*t\.h5': HDF5 crashes on it, or comes to no end\.$"
+    ):
+        read_transform(tmp_path / "t.h5")
+
+
+def test_flipped_bits_of_hdf5(tmp_path: Path) -> None:
+    write_transform(mapping_of(smooth_field((4, 5, 3), np.eye(4)), AFFINE), tmp_path / "t.h5")
+    good = np.fromfile(tmp_path / "t.h5", np.uint8)
+    random = np.random.default_rng(1)
+    refused = 0
+    for _ in range(60):
+        bad = good.copy()
+        # in the tables at the start, where there are places and sizes
+        bad[random.integers(0, 3000, 5)] ^= 1 << random.integers(0, 8, 5, dtype=np.uint8)
+        bad.tofile(tmp_path / "t.h5")
+        try:
+            mapping = read_transform(tmp_path / "t.h5")
+        except ValueError as error:
+            assert str(error).startswith("cannot read the transform") and "\n" not in str(error)
+            refused += 1
+        else:
+            assert isinstance(mapping, SpatialMapping)
+    assert 0 < refused < 60
 
 
 def test_bad_writing(tmp_path: Path) -> None:

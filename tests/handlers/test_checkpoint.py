@@ -764,12 +764,12 @@ ILL_WEIGHTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "wider network": (
         lambda p: torch.save(small(3).state_dict(), p),
         ValueError,
-        r"w\.pt'.* another network: 0 .*missing.*3 have another shape.*0\.weight",
+        r"w\.pt'.* another network: 3 have another shape.*0\.weight",
     ),
     "longer network": (
         lambda p: torch.save(nn.Sequential(*small(), nn.Conv3d(1, 1, 1)).state_dict(), p),
         ValueError,
-        r"w\.pt'.* another network: 0 .*missing.*2 are unknown.*2\.bias, 2\.weight",
+        r"w\.pt'.* another network: 2 are unknown.*2\.bias, 2\.weight",
     ),
     "shorter network": (
         lambda p: torch.save(nn.Sequential(small()[0]).state_dict(), p),

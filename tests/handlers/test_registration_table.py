@@ -292,6 +292,13 @@ def test_structures(tmp_path: Path) -> None:
     assert float(found["right"]["val_dice_before mean"]) == pytest.approx(0.75)
 
 
+def test_structure_that_no_pair_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its name is told apart from the sentence."""
+    with caplog.at_level(logging.WARNING, LOGGER):
+        evaluate(RegistrationTable(tmp_path, LABELS), PAIRS[2:])
+    assert caplog.messages == ["No pair has 'right' in both images: wrong label ids?"]
+
+
 def test_groups(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, LOGGER):
         evaluate(RegistrationTable(tmp_path, ["left", "right"], groups={"one": ["right"], "all": LABELS}), PAIRS)
