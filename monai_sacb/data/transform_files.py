@@ -300,6 +300,8 @@ def _read_hdf5(path: Path) -> list[Any]:
         if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
             raise ValueError("it is no HDF5 file")
     with quiet_itk():
+        # ITK loads its readers when they are first used: here, not in the child and then once more
+        itk.TransformFileReaderTemplate[itk.D].New()
         _refuse_damaged_hdf5(path)
         return list(itk.transformread(str(path)))
 
