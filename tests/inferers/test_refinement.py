@@ -329,6 +329,7 @@ def test_optimization_with_masks() -> None:
 
 def test_parameters_of_the_similarity_are_left_alone() -> None:
     moving, fixed, true = make_pair((20, 22))
+    torch.manual_seed(0)
     features = torch.nn.Conv2d(1, 2, 3)
     ddf = refine_ddf(
         moving, fixed, 0 * true, lambda a, b: (features(a) - features(b)).square().mean(), regularization_weight=0.0
