@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -103,6 +104,19 @@ def test_install_command_is_the_first_step() -> None:
     assert SHELL[1] == '.venv/bin/pip install ".[sample,test]" && .venv/bin/pytest -n 2 --dist loadfile'
 
 
+def shorten(dataset: Path, folder: Path) -> None:
+    """A dataset of two of the pairs of another, and of a few of its training subjects."""
+    content = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    content["registration_val"] = content["registration_val"][:2]
+    paired = {pair[role] for pair in content["registration_val"] for role in ("fixed", "moving")}
+    content["validation"] = [subject for subject in content["validation"] if subject["image"] in paired]
+    content["training"] = content["training"][:4]
+    folder.mkdir()
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).symlink_to(dataset / name)
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
     """Trainings and refinement are cut short; all else is run to the letter."""
@@ -116,7 +130,8 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         # not a link: the interpreter finds its virtual environment by its own place
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         script.chmod(0o755)
-    (tmp_path / "Task04_Hippocampus").symlink_to(HIPPOCAMPUS)
+    if (HIPPOCAMPUS / "dataset.json").is_file():
+        shorten(HIPPOCAMPUS, tmp_path / "Task04_Hippocampus")
     environment = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
