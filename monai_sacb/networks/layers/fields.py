@@ -103,8 +103,9 @@ def unwarp_points(points: torch.Tensor, ddf: torch.Tensor, num_steps: int = 100)
     """
     Carry points of the moving image to their places in the fixed image: the p with ``p + ddf(p) = point``.
 
-    By fixed-point iteration ``p <- point - ddf(p)``, which converges where the field is a contraction (no folds and
-    moderate stretching). The field between and outside voxels is as for :py:func:`warp_points`.
+    By the fixed-point iteration ``p <- point - ddf(p)``, with a step that is halved at each point that it would lead
+    farther away, as where the field stretches more than twofold. The field between and outside voxels is as for
+    :py:func:`warp_points`; where it folds, the result is the nearest place that was met.
 
     Args:
         points: ``(B, N, d)``, voxels of the moving grid.
@@ -122,8 +123,14 @@ def unwarp_points(points: torch.Tensor, ddf: torch.Tensor, num_steps: int = 100)
     # half precision cannot tell neighbouring points apart
     targets = points if points.dtype == torch.float64 else points.float()
     places = targets
+    residual = warp_points(places, ddf) - targets
+    relaxation = torch.ones_like(targets[..., :1])
     for _ in range(num_steps):
-        places = targets - (warp_points(places, ddf) - places)
+        tried = places - relaxation * residual
+        remaining = warp_points(tried, ddf) - targets
+        nearer = remaining.square().sum(-1, keepdim=True) < residual.square().sum(-1, keepdim=True)
+        places, residual = torch.where(nearer, tried, places), torch.where(nearer, remaining, residual)
+        relaxation = torch.where(nearer, relaxation, 0.5 * relaxation)
     return places.to(points.dtype)
 
 
@@ -151,9 +158,10 @@ def compose(first: torch.Tensor, second: torch.Tensor, padding_mode: str = "bord
 
 def invert(ddf: torch.Tensor, num_steps: int = 30) -> torch.Tensor:
     """
-    Displacement field of the inverse mapping, by fixed-point iteration ``u_inv(p) = -u(p + u_inv(p))``.
+    Displacement field of the inverse mapping, by the fixed-point iteration ``u_inv(p) <- -u(p + u_inv(p))``.
 
-    Converges where the field is a contraction (no folds and moderate stretching).
+    The step is halved at each voxel that it would lead farther away, as where the field stretches more than twofold.
+    Where the field folds there is no inverse; the result is what came nearest to one.
 
     Args:
         ddf: ``(B, d, *spatial)`` in voxels, pull-back.
@@ -168,8 +176,14 @@ def invert(ddf: torch.Tensor, num_steps: int = 30) -> torch.Tensor:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     inverse = -ddf
+    residual = compose(inverse, ddf)
+    relaxation = torch.ones_like(ddf[:, :1])
     for _ in range(num_steps):
-        inverse = -warp(ddf, inverse, padding_mode="border")
+        tried = inverse - relaxation * residual
+        remaining = compose(tried, ddf)
+        nearer = remaining.square().sum(1, keepdim=True) < residual.square().sum(1, keepdim=True)
+        inverse, residual = torch.where(nearer, tried, inverse), torch.where(nearer, remaining, residual)
+        relaxation = torch.where(nearer, relaxation, 0.5 * relaxation)
     return inverse
 
 
