@@ -136,7 +136,7 @@ def _with_matched_contrast(pair: _Pair, ddf: torch.Tensor, gain: float) -> _Pair
         variances = one.square().sum(1) * other.square().sum(1)
         return ((one * other).sum(1).square() / variances.clamp(min=torch.finfo(torch.double).tiny)).mean()
 
-    # nor where it is not a number
+    # a gain that is not a number is none
     if not bool(explained(warp(matched, ddf)) - explained(warped) > gain):
         return pair
     # beside the images as they are: what has one intensity in the moving image is told apart by its surroundings there
@@ -182,7 +182,7 @@ def _refine_one(
     return field if objective.value(pair, field) < before else ddf
 
 
-def _is_weight(value: Any) -> bool:
+def _is_weight(value: float) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
