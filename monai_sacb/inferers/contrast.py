@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from monai_sacb.networks.layers import warp
 from monai_sacb.utils import check_count
 
-__all__ = ["common_region", "match_contrast"]
+__all__ = ["check_pair", "common_region", "match_channels", "match_contrast"]
 
+NUM_BINS = 64
 # of the Gaussian along the bins, in bins
 SIGMA = 1.0
 # voxels' worth of the mean of all bins that each bin gets, so that empty ones have a value
@@ -28,7 +29,8 @@ def _smooth(values: torch.Tensor) -> torch.Tensor:
 def _match(moving: torch.Tensor, warped: torch.Tensor, fixed: torch.Tensor, num_bins: int) -> torch.Tensor:
     """One channel of one image; ``warped`` and ``fixed`` are values at the same places, ``(N,)``."""
     low, high = moving.min(), moving.max()
-    if not bool(high > low) or len(warped) == 0:
+    # what is not finite has no bins
+    if not bool((high - low > 0) & torch.isfinite(high - low)) or len(warped) == 0:
         return moving
 
     def place(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +55,40 @@ def _match(moving: torch.Tensor, warped: torch.Tensor, fixed: torch.Tensor, num_
     return torch.lerp(curve[index], curve[index + 1], upper)
 
 
+def match_channels(
+    moving: torch.Tensor, warped: torch.Tensor, fixed: torch.Tensor, counted: torch.Tensor, num_bins: int = NUM_BINS
+) -> torch.Tensor:
+    """
+    :py:func:`match_contrast` where the ``warped`` moving image is at hand, and the voxels that are ``counted``, bool
+    ``(B, 1, *spatial)``; without checks.
+    """
+    matched = [
+        [_match(channel, one[where], other[where], num_bins) for channel, one, other in zip(*images)]
+        for *images, (where,) in zip(moving, warped, fixed, counted)
+    ]
+    return torch.stack([torch.stack(channels) for channels in matched])
+
+
+def check_pair(
+    moving: torch.Tensor,
+    fixed: torch.Tensor,
+    ddf: torch.Tensor,
+    moving_mask: torch.Tensor | None,
+    fixed_mask: torch.Tensor | None,
+) -> None:
+    """Refuse images, a field and masks whose shapes are not those of :py:func:`match_contrast`."""
+    dims = fixed.dim() - 2
+    if dims not in (2, 3) or moving.shape != fixed.shape or list(ddf.shape) != [len(fixed), dims, *fixed.shape[2:]]:
+        raise ValueError(
+            "moving and fixed must have one shape (B, C, *spatial) of 2 or 3 spatial axes and ddf must be (B, d, "
+            f"*spatial), got {list(moving.shape)}, {list(fixed.shape)} and {list(ddf.shape)}."
+        )
+    expected = [len(fixed), 1, *fixed.shape[2:]]
+    for name, mask in (("moving_mask", moving_mask), ("fixed_mask", fixed_mask)):
+        if mask is not None and list(mask.shape) != expected:
+            raise ValueError(f"{name} must be {expected}, one channel on the images' grid, got {list(mask.shape)}.")
+
+
 def common_region(
     fixed: torch.Tensor, ddf: torch.Tensor, moving_mask: torch.Tensor | None, fixed_mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -69,7 +105,7 @@ def match_contrast(
     ddf: torch.Tensor,
     moving_mask: torch.Tensor | None = None,
     fixed_mask: torch.Tensor | None = None,
-    num_bins: int = 64,
+    num_bins: int = NUM_BINS,
 ) -> torch.Tensor:
     """
     The moving image in about the contrast of the fixed one: each of its intensities is exchanged for the mean of what
@@ -87,7 +123,8 @@ def match_contrast(
         num_bins: of the curve over the range of the moving image's intensities, linear in between.
 
     Returns:
-        ``(B, C, *spatial)`` on the grid of the moving image; a constant channel as it is.
+        ``(B, C, *spatial)`` on the grid of the moving image; a channel that is constant or not finite, or has
+        no voxel that counts, as it is.
 
     Raises:
         ValueError: When the shapes do not belong together, or ``num_bins`` is below 2.
@@ -96,29 +133,7 @@ def match_contrast(
     1998.
     """
     check_count("num_bins", num_bins, 2)
-    dims = fixed.dim() - 2
-    if dims not in (2, 3) or moving.shape != fixed.shape or list(ddf.shape) != [len(fixed), dims, *fixed.shape[2:]]:
-        raise ValueError(
-            "moving and fixed must have one shape (B, C, *spatial) of 2 or 3 spatial axes and ddf must be (B, d, "
-            f"*spatial), got {list(moving.shape)}, {list(fixed.shape)} and {list(ddf.shape)}."
-        )
-    for name, mask in (("moving_mask", moving_mask), ("fixed_mask", fixed_mask)):
-        if mask is not None and list(mask.shape) != [len(fixed), 1, *fixed.shape[2:]]:
-            raise ValueError(
-                f"{name} must be {[len(fixed), 1, *fixed.shape[2:]]}, one channel on the images' grid, got "
-                f"{list(mask.shape)}."
-            )
+    check_pair(moving, fixed, ddf, moving_mask, fixed_mask)
     with torch.no_grad():
         counted = common_region(fixed, ddf, moving_mask, fixed_mask)
-        warped = warp(moving, ddf)
-        return torch.stack(
-            [
-                torch.stack(
-                    [
-                        _match(moving[b, c], warped[b, c][counted[b, 0]], fixed[b, c][counted[b, 0]], num_bins)
-                        for c in range(moving.shape[1])
-                    ]
-                )
-                for b in range(len(moving))
-            ]
-        )
+        return match_channels(moving, warp(moving, ddf), fixed, counted, num_bins)

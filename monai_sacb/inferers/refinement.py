@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from monai_sacb.inferers.contrast import common_region, match_contrast
+from monai_sacb.inferers.contrast import check_pair, common_region, match_channels
 from monai_sacb.inferers.control_grid import ControlGrid, coarser_shape, resample_field, resample_image
 from monai_sacb.inferers.masked_similarity import fill_outside, masked_similarity
 from monai_sacb.losses import FoldPenaltyLoss, GradientPenaltyLoss, LNCCLoss
@@ -123,18 +123,21 @@ def _descend(
 
 def _with_matched_contrast(pair: _Pair, ddf: torch.Tensor, gain: float) -> _Pair:
     """A further channel of the moving image in the contrast of the fixed one, if that explains the fixed one better."""
-    matched = match_contrast(pair.moving, pair.fixed, ddf, pair.moving_mask, pair.fixed_mask)
     counted = common_region(pair.fixed, ddf, pair.moving_mask, pair.fixed_mask)
+    if not bool(counted.any()):
+        return pair
+    warped = warp(pair.moving, ddf)
+    matched = match_channels(pair.moving, warped, pair.fixed, counted)
 
-    def explained(moving: torch.Tensor) -> torch.Tensor:
+    def explained(image: torch.Tensor) -> torch.Tensor:
         """Squared correlation with the fixed image, the mean of the channels."""
-        values = [warp(moving, ddf), pair.fixed]
-        values = [value.masked_select(counted).view(value.shape[1], -1).double() for value in values]
+        values = (x.masked_select(counted).view(x.shape[1], -1).double() for x in (image, pair.fixed))
         one, other = (value - value.mean(1, keepdim=True) for value in values)
         variances = one.square().sum(1) * other.square().sum(1)
         return ((one * other).sum(1).square() / variances.clamp(min=torch.finfo(torch.double).tiny)).mean()
 
-    if not bool(counted.any()) or not bool(explained(matched) - explained(pair.moving) > gain):
+    # a gain that is not a number is none
+    if not bool(explained(warp(matched, ddf)) - explained(warped) > gain):
         return pair
     # beside the images as they are: what has one intensity in the moving image is told apart by its surroundings there
     return pair._replace(moving=torch.cat([pair.moving, matched], 1), fixed=torch.cat([pair.fixed, pair.fixed], 1))
@@ -151,7 +154,7 @@ def _refine_one(
     patience: int,
     contrast_gain: float | None,
 ) -> torch.Tensor:
-    """The same for one pair, without checks of the arguments."""
+    """:py:func:`refine_ddf` of one pair, without checks of the arguments."""
     spatial = list(ddf.shape[2:])
     if contrast_gain is not None:
         pair = _with_matched_contrast(pair, ddf, contrast_gain)
@@ -179,34 +182,35 @@ def _refine_one(
     return field if objective.value(pair, field) < before else ddf
 
 
-def _check_numbers(
-    regularization_weight: float, iterations: int, learning_rate: float, spacing: int, patience: int
+def _is_weight(value: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _check_settings(
+    regularization_weight: float,
+    fold_weight: float,
+    iterations: int,
+    levels: Sequence[tuple[int, float]],
+    learning_rate: float,
+    spacing: int,
+    patience: int,
+    fold_margin: float,
+    contrast_gain: float | None,
 ) -> None:
-    """Refuse numbers that :py:func:`refine_ddf` cannot work with; see there."""
+    """Refuse settings that :py:func:`refine_ddf` cannot work with; see there."""
     for name, number, least in (("iterations", iterations, 0), ("spacing", spacing, 1), ("patience", patience, 1)):
         check_count(name, number, least)
-    for name, value in (("regularization_weight", regularization_weight), ("learning_rate", learning_rate)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    weights = {"regularization_weight": regularization_weight, "fold_weight": fold_weight}
+    for name, value in {**weights, "learning_rate": learning_rate}.items():
+        if not _is_weight(value):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
-
-
-def _check_pair(moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> None:
-    """Refuse tensors that :py:func:`refine_ddf` cannot work with; see there."""
-    dims = fixed.dim() - 2
-    if dims not in (2, 3) or moving.shape != fixed.shape or list(ddf.shape) != [len(fixed), dims, *fixed.shape[2:]]:
-        raise ValueError(
-            "moving and fixed must have one shape (B, C, *spatial) of 2 or 3 spatial axes and ddf must be (B, d, "
-            f"*spatial), got {list(moving.shape)}, {list(fixed.shape)} and {list(ddf.shape)}."
-        )
-    if min(fixed.shape[2:]) < 5:
-        raise ValueError(f"refinement needs at least 5 voxels along every axis, got shape {list(fixed.shape)}.")
-
-
-def _check_levels(levels: Sequence[tuple[int, float]], fold_weight: float, fold_margin: float) -> None:
-    """Refuse levels and a fold penalty that :py:func:`refine_ddf` cannot work with; see there."""
+    if contrast_gain is not None and not _is_weight(contrast_gain):
+        raise ValueError(f"contrast_gain must be None or a finite number of at least 0, got {contrast_gain!r}.")
     FoldPenaltyLoss(fold_margin)
-    if isinstance(fold_weight, bool) or not isinstance(fold_weight, Real) or not 0 <= fold_weight < math.inf:
-        raise ValueError(f"fold_weight must be a finite number of at least 0, got {fold_weight!r}.")
+    _check_levels(levels)
+
+
+def _check_levels(levels: Sequence[tuple[int, float]]) -> None:
     message = (
         "levels must be pairs of a whole number, how many times coarser, the coarsest first, and of a finite positive "
         f"share of the steps, got {levels!r}."
@@ -220,27 +224,9 @@ def _check_levels(levels: Sequence[tuple[int, float]], fold_weight: float, fold_
         factor, share = level
         if isinstance(factor, bool) or not isinstance(factor, Integral) or not 1 <= factor < previous:
             raise ValueError(message)
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < math.inf:
+        if not _is_weight(share) or share == 0:
             raise ValueError(message)
         previous = int(factor)
-
-
-def _check_contrast_gain(contrast_gain: float | None) -> None:
-    """Refuse what is not None or a share."""
-    if contrast_gain is None:
-        return
-    if isinstance(contrast_gain, bool) or not isinstance(contrast_gain, Real) or not 0 <= contrast_gain < math.inf:
-        raise ValueError(f"contrast_gain must be None or a finite number of at least 0, got {contrast_gain!r}.")
-
-
-def _check_mask(name: str, mask: torch.Tensor | None, image: torch.Tensor) -> None:
-    if mask is None:
-        return
-    expected = [len(image), 1, *image.shape[2:]]
-    if list(mask.shape) != expected:
-        raise ValueError(f"{name} must be {expected}, one channel on the images' grid, got {list(mask.shape)}.")
-    if not bool((mask != 0).flatten(1).any(1).all()):
-        raise ValueError(f"{name} must have voxels that are not zero for each image, got one that has none.")
 
 
 def refine_ddf(
@@ -308,12 +294,23 @@ def refine_ddf(
     Source: Rueckert et al., Nonrigid registration using free-form deformations, IEEE TMI 1999; Siebert et al.,
     ConvexAdam, 2021, for Adam on a coarse grid of linear interpolation.
     """
-    _check_numbers(regularization_weight, iterations, learning_rate, spacing, patience)
-    _check_levels(levels, fold_weight, fold_margin)
-    _check_contrast_gain(contrast_gain)
-    _check_pair(moving, fixed, ddf)
-    _check_mask("moving_mask", moving_mask, moving)
-    _check_mask("fixed_mask", fixed_mask, fixed)
+    _check_settings(
+        regularization_weight,
+        fold_weight,
+        iterations,
+        levels,
+        learning_rate,
+        spacing,
+        patience,
+        fold_margin,
+        contrast_gain,
+    )
+    check_pair(moving, fixed, ddf, moving_mask, fixed_mask)
+    if min(fixed.shape[2:]) < 5:
+        raise ValueError(f"refinement needs at least 5 voxels along every axis, got shape {list(fixed.shape)}.")
+    for name, mask in (("moving_mask", moving_mask), ("fixed_mask", fixed_mask)):
+        if mask is not None and not bool((mask != 0).flatten(1).any(1).all()):
+            raise ValueError(f"{name} must have voxels that are not zero for each image, got one that has none.")
     compare: Callable[..., torch.Tensor] = LNCCLoss(kernel_size=5) if similarity is None else similarity
     if moving_mask is not None or fixed_mask is not None:
         compare = masked_similarity(compare)
@@ -366,9 +363,12 @@ class InstanceOptimization:
     contrast_gain: float | None = CONTRAST_GAIN
 
     def __post_init__(self) -> None:
-        _check_numbers(self.regularization_weight, self.iterations, self.learning_rate, self.spacing, self.patience)
-        _check_levels(self.levels, self.fold_weight, self.fold_margin)
-        _check_contrast_gain(self.contrast_gain)
+        settings = self._settings()
+        del settings["similarity"], settings["regularization"]
+        _check_settings(**settings)
+
+    def _settings(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(InstanceOptimization)}
 
     def __call__(
         self,
@@ -380,7 +380,7 @@ class InstanceOptimization:
         fixed_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The field refined, in ``iterations`` steps where these are given."""
-        settings = {field.name: getattr(self, field.name) for field in fields(InstanceOptimization)}
+        settings = self._settings()
         if iterations is not None:
             settings["iterations"] = iterations
         return refine_ddf(moving, fixed, ddf, moving_mask=moving_mask, fixed_mask=fixed_mask, **settings)

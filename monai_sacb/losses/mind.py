@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from monai.utils import LossReduction
 
 from monai_sacb.losses.intensity_scale import intensity_scale
 from monai_sacb.losses.lncc import _window_sum
+from monai_sacb.networks.layers.descriptor import neighbor_pairs
 from monai_sacb.networks.layers.neighborhood import shifted
+from monai_sacb.utils import check_count
 
 __all__ = ["MINDSSCLoss", "mind_ssc"]
 
@@ -27,30 +28,6 @@ MIN_VARIANCE = 1e-3
 TINY = 1e-8
 # The least it becomes for images of large values, which are scaled into [-1, 1].
 LEAST_TINY = 1e-30
-
-
-def _pairs(spatial: list[int], radius: int, dilation: int) -> Iterator[tuple[list[int], ...]]:
-    """
-    The pairs of neighbors whose patches are compared, two by two: those in one plane that differ by the same step.
-
-    Both pairs look up the same map of patch distances. Offsets count from the first corner of the image, padded by
-    radius and dilation.
-
-    Returns:
-        of every two pairs, the size of their map; the offsets of its two operands, each larger by two radii; and the
-        offsets in the map at which the distances of the first and of the second pair begin.
-    """
-    for second in range(1, len(spatial)):
-        for first in range(second):
-            for falling in (True, False):
-                size = [n + dilation if axis in (first, second) else n for axis, n in enumerate(spatial)]
-                start, end = ([dilation] * len(spatial) for _ in range(2))
-                start[second], end[second] = 0, dilation
-                start[first], end[first] = (dilation, 0) if falling else (0, dilation)
-                one, other = ([0] * len(spatial) for _ in range(2))
-                one[second] = dilation
-                (one if falling else other)[first] = dilation
-                yield size, start, end, one, other
 
 
 class _Descriptor(torch.autograd.Function):
@@ -64,7 +41,7 @@ class _Descriptor(torch.autograd.Function):
         channels = 2 * dims * (dims - 1)
         scale = 1 / (image.shape[1] * (2 * radius + 1) ** dims)
         distances = image.new_empty([len(image), channels, *spatial])
-        for i, (size, start, end, *places) in enumerate(_pairs(spatial, radius, dilation)):
+        for i, (size, start, end, *places) in enumerate(neighbor_pairs(spatial, dilation)):
             window = [n + 2 * radius for n in size]
             squares = (shifted(padded, start, window) - shifted(padded, end, window)).square_().sum(1, keepdim=True)
             patches = shifted(_window_sum(squares, 2 * radius + 1), [radius] * dims, size)
@@ -94,7 +71,7 @@ class _Descriptor(torch.autograd.Function):
         slope.mul_(2 / (image.shape[1] * (2 * radius + 1) ** dims))
         padded = F.pad(image, [reach, reach] * dims, mode="replicate")
         grad_padded = torch.zeros_like(padded)
-        for i, (size, start, end, *places) in enumerate(_pairs(spatial, radius, dilation)):
+        for i, (size, start, end, *places) in enumerate(neighbor_pairs(spatial, dilation)):
             window = [n + 2 * radius for n in size]
             patches = image.new_zeros([len(image), 1, *window])
             for j, place in enumerate(places):
@@ -151,9 +128,8 @@ def mind_ssc(image: torch.Tensor, radius: int = 2, dilation: int = 2) -> torch.T
 
 
 def _check_patches(radius: int, dilation: int) -> None:
-    for name, number, least in (("radius", radius, 0), ("dilation", dilation, 1)):
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}.")
+    check_count("radius", radius, 0)
+    check_count("dilation", dilation, 1)
 
 
 class MINDSSCLoss(_Loss):

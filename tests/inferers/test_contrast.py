@@ -79,6 +79,16 @@ def test_only_inside_the_masks() -> None:
     assert torch.equal(match_contrast(moving, fixed, zeros, fixed_mask=torch.zeros_like(inside)), moving)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_image_that_is_not_finite_stays(value: float) -> None:
+    moving, fixed = smooth_image((16, 18), channels=2), smooth_image((16, 18), channels=2, seed=1)
+    expected = match_contrast(moving, fixed, torch.zeros(1, 2, 16, 18))
+    moving[0, 0, 5, 6] = value
+    matched = match_contrast(moving, fixed, torch.zeros(1, 2, 16, 18))
+    torch.testing.assert_close(matched[:, 0], moving[:, 0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(matched[:, 1], expected[:, 1]) and not torch.equal(matched[:, 1], moving[:, 1])
+
+
 def test_constant_image_stays() -> None:
     moving = torch.full((1, 1, 16, 16), 3.0)
     assert torch.equal(match_contrast(moving, smooth_image((16, 16)), torch.zeros(1, 2, 16, 16)), moving)

@@ -313,6 +313,12 @@ def test_ill_images() -> None:
         refine_ddf(moving, fixed, 0 * true, moving_mask=one, fixed_mask=other)
     with pytest.raises(ValueError, match="must be finite, got nan"):
         refine_ddf(moving * torch.nan, fixed, true)
+    for value in (torch.inf, -torch.inf):
+        spoilt = moving.clone()
+        spoilt[0, 0, 6, 6] = value
+        for pair in ((spoilt, fixed), (moving, spoilt)):
+            with pytest.raises(ValueError, match="must be finite, got nan: an image or the field is not"):
+                refine_ddf(*pair, 0 * true)
     with pytest.raises(ValueError, match="at least 5 voxels along every axis"):
         refine_ddf(moving[..., :4], fixed[..., :4], true[..., :4])
 

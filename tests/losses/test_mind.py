@@ -164,6 +164,7 @@ def test_descent_moves_an_image_of_other_contrast() -> None:
     [
         ({"radius": -1}, r"radius must be a whole number of at least 0, got -1"),
         ({"radius": 1.5}, r"radius must be.*got 1\.5"),
+        ({"radius": True}, r"radius must be.*got True"),
         ({"dilation": 0}, r"dilation must be a whole number of at least 1, got 0"),
     ],
 )

@@ -51,6 +51,19 @@ def test_scripted() -> None:
     assert torch.equal(scripted(picture), self_similarity(picture))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 10, 12, 9), (1, 1, 11, 8)])
+def test_traced_and_exported(shape: tuple[int, ...]) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self_similarity(x)
+
+    picture = image(*shape)
+    traced = torch.jit.trace(Layer(), (picture,))
+    exported = torch.export.export(Layer(), (picture,)).module()
+    for recorded in (traced, exported):
+        assert torch.equal(recorded(picture), self_similarity(picture))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 33, 40, 32), (2, 1, 40, 36)])
 @torch.no_grad()
 def test_network_sees_no_contrast(shape: tuple[int, ...]) -> None:

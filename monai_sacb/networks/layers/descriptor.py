@@ -7,21 +7,59 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["self_similarity"]
+from monai_sacb.networks.layers.neighborhood import shifted
+
+__all__ = ["neighbor_pairs", "self_similarity"]
 
 
-def _window(x: torch.Tensor, start: list[int], size: list[int]) -> torch.Tensor:
-    for axis in range(len(size)):
-        x = x.narrow(axis + 2, start[axis], size[axis])
-    return x
+def neighbor_pairs(spatial: list[int], dilation: int) -> list[list[list[int]]]:
+    """
+    The pairs of neighbors whose patches are compared, two by two: those in one plane that differ by the same step.
+
+    Both pairs look up the same map of distances, in windows of the image's size. Offsets count from the first corner
+    of the image, padded by the dilation. For patches, both the padding and the map of squares have their radius more on
+    every side, which leaves the offsets as they are.
+
+    Args:
+        spatial: the image's shape.
+        dilation: distance of the neighbors, in voxels.
+
+    Returns:
+        of every two pairs, the size of their map; the offsets of its two operands; and the offsets in the map at which
+        the distances of the first and of the second pair begin.
+    """
+    dims = len(spatial)
+    pairs: list[list[list[int]]] = []
+    for second in range(1, dims):
+        for first in range(second):
+            for falling in (True, False):
+                size = list(spatial)
+                # not in place: in tracing, a size is a tensor that the lists share
+                size[first] = spatial[first] + dilation
+                size[second] = spatial[second] + dilation
+                start, end = [dilation] * dims, [dilation] * dims
+                one, other = [0] * dims, [0] * dims
+                start[second] = 0
+                one[second] = dilation
+                if falling:
+                    end[first] = 0
+                    one[first] = dilation
+                else:
+                    start[first] = 0
+                    other[first] = dilation
+                pairs.append([size, start, end, one, other])
+    return pairs
 
 
 def self_similarity(image: torch.Tensor, radius: int = 1, dilation: int = 2) -> torch.Tensor:
     """
     The descriptor of :py:func:`monai_sacb.losses.mind_ssc` in plain operations: it can be scripted and exported.
 
+    By default, its patches are smaller. Intensities are not scaled as there: their squares must be finite.
+
     Args:
-        image: ``(B, C, *spatial)``, 2-D or 3-D; the channels are compared together.
+        image: ``(B, C, *spatial)``, 2-D or 3-D; the channels are compared together. Intensities should be of the order
+            of 1 or larger.
         radius: half width of a patch, ``2 * radius + 1`` voxels wide.
         dilation: distance of the patches from the voxel, in voxels.
 
@@ -40,29 +78,12 @@ def self_similarity(image: torch.Tensor, radius: int = 1, dilation: int = 2) -> 
     kernel = 2 * radius + 1
     padded = F.pad(image, [reach, reach] * dims, mode="replicate")
     distances: list[torch.Tensor] = []
-    for second in range(1, dims):
-        for first in range(second):
-            for falling in range(2):
-                # two pairs of patches that differ by the same step look up one map of distances
-                size = [n + 2 * radius for n in spatial]
-                size[first] += dilation
-                size[second] += dilation
-                start = [dilation] * dims
-                end = [dilation] * dims
-                one = [0] * dims
-                other = [0] * dims
-                start[second] = 0
-                one[second] = dilation
-                if falling == 0:
-                    end[first] = 0
-                    one[first] = dilation
-                else:
-                    start[first] = 0
-                    other[first] = dilation
-                squares = (_window(padded, start, size) - _window(padded, end, size)).square().mean(1, keepdim=True)
-                patches = F.avg_pool3d(squares, kernel, 1) if dims == 3 else F.avg_pool2d(squares, kernel, 1)
-                distances.append(_window(patches, one, spatial))
-                distances.append(_window(patches, other, spatial))
+    for size, start, end, one, other in neighbor_pairs(spatial, dilation):
+        window = [n + 2 * radius for n in size]
+        squares = (shifted(padded, start, window) - shifted(padded, end, window)).square().mean(1, keepdim=True)
+        patches = F.avg_pool3d(squares, kernel, 1) if dims == 3 else F.avg_pool2d(squares, kernel, 1)
+        distances.append(shifted(patches, one, spatial))
+        distances.append(shifted(patches, other, spatial))
     distance = torch.cat(distances, 1)
     mean = distance.mean(1, keepdim=True)
     # a variance below a thousandth of its mean over the image is noise, and is taken for as much
