@@ -76,6 +76,7 @@ TISSUES = {
     0.8: (10, 49, 13, 52),
     0.1: (4, 43, 5, 44, 14, 15, 24, 72),
 }
+SECTIONS = ("training", "validation")
 HEAD_ID, HEAD_INTENSITY, OTHER_INTENSITY = 500, 0.3, 0.1
 
 
@@ -221,6 +222,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     content = json.loads((arguments.dataset_dir / "dataset.json").read_text(encoding="utf-8"))
+    names = [Path(entry["image"]).name for section in SECTIONS for entry in content[section]]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"'{arguments.dataset_dir}' has images of one name in several folders.")
     set_determinism(arguments.seed)
     network = train(arguments.maps_dir, arguments.steps)
     (arguments.output_dir / "labels").mkdir(parents=True, exist_ok=True)
@@ -233,7 +237,7 @@ def main() -> None:
         return f"labels/{Path(image).name}"
 
     described: dict[str, list[dict[str, str]]] = {"registration_val": []}
-    for section in ("training", "validation"):
+    for section in SECTIONS:
         entries = [entry["image"] for entry in content[section]]
         for image in tqdm(entries, desc=f"labelling {section}", unit="image"):
             nib.save(label_image(network, arguments.dataset_dir / image), arguments.output_dir / label_of(image))

@@ -56,7 +56,7 @@ FIELD_CLASSES = (
 # of a transform file, before compression: double precision, and what a composite of affines takes
 BYTES_PER_VALUE, BASE_BYTES = 8, 1 << 15
 # of a CPU, to read a file: many times what it takes
-BASE_SECONDS, BYTES_PER_SECOND = 5, 1 << 20
+BASE_SECONDS, BYTES_PER_SECOND, WAIT_FACTOR = 5, 1 << 20, 20
 # the disk, the quota, or the largest size of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # an affine in MATLAB's form has a few hundred bytes
@@ -278,6 +278,9 @@ def _refuse_damaged_hdf5(path: Path) -> None:
             try:
                 faulthandler.disable()
                 resource.setrlimit(resource.RLIMIT_CPU, limits)
+                # one that waits, as for a lock that another thread has held, takes no CPU time
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(WAIT_FACTOR * seconds)
                 itk.transformread(str(path))
             except READ_ERRORS as error:
                 os.write(target, read_failure(error).encode())

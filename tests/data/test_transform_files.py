@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,7 @@ def test_damaged_files_end_in_a_sentence(tmp_path: Path) -> None:
             read_transform(tmp_path / "t.h5")
 
 
-@pytest.mark.parametrize("end", ["crash", "loop"])
+@pytest.mark.parametrize("end", ["crash", "loop", "wait"])
 def test_crash_of_hdf5_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     write_transform(mapping_of(), tmp_path / "t.h5")
     here = os.getpid()
@@ -281,10 +282,13 @@ def test_crash_of_hdf5_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert os.getpid() != here
         while end == "loop":
             pass
+        if end == "wait":
+            threading.Event().wait()
         os.kill(os.getpid(), signal.SIGSEGV)
 
     monkeypatch.setattr(itk, "transformread", crash)
     monkeypatch.setattr("monai_sacb.data.transform_files.BASE_SECONDS", 1)
+    monkeypatch.setattr("monai_sacb.data.transform_files.WAIT_FACTOR", 2)
     with pytest.raises(
         ValueError, match=r"^cannot read the transform '.*t\.h5': HDF5 crashes on it, or comes to no end\.$"
     ):
