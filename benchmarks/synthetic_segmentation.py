@@ -112,18 +112,22 @@ class RandKeepAroundd(RandomizableTransform, MapTransform):
         return result
 
 
+def read_volume(path: Path) -> MetaTensor:
+    """(1, *spatial), in RAS."""
+    return Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation("RAS", labels=None)])(path)
+
+
 def hippocampus_regions(maps_dir: Path) -> tuple[list[torch.Tensor], list[int]]:
     """The maps (1, *REACH) around each hippocampus, in numbers of the list of ids that comes with them."""
-    read = Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation("RAS", labels=None)])
     regions = []
     for path in tqdm(sorted(maps_dir.glob("*.nii.gz")), desc="reading", unit="map"):
-        volume = read(path)[0].numpy().round().astype(np.int64)
+        volume = read_volume(path)[0].numpy().round().astype(np.int64)
+        padded = np.pad(volume, [(size, size) for size in REACH])
         for label in HIPPOCAMPI:
             place = np.argwhere(volume == label)
             if len(place) == 0:
                 raise SystemExit(f"'{path}' has no label {label}.")
             start = (place.min(0) + place.max(0)) // 2 - np.asarray(REACH) // 2
-            padded = np.pad(volume, [(size, size) for size in REACH])
             regions.append(padded[tuple(slice(s + n, s + 2 * n) for s, n in zip(start, REACH))])
     if not regions:
         raise SystemExit(f"'{maps_dir}' holds no label maps (*.nii.gz).")
@@ -199,7 +203,7 @@ def train(maps_dir: Path, steps: int, learning_rate: float = 2e-3, batch_size: i
 
 def label_image(network: torch.nn.Module, path: Path) -> nib.Nifti1Image:
     """The structures of an image file, on its own grid; the network is asked for the image and its mirror image."""
-    image = Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation("RAS", labels=None)])(path)
+    image = read_volume(path)
     scale = Compose([ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True), ScaleIntensity()])
     pad = SpatialPad([max(size, least) for size, least in zip(image.shape[1:], SIZE)])
     scaled = pad(scale(image))

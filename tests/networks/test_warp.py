@@ -265,18 +265,18 @@ def test_inverse_undoes(spatial: tuple[int, ...]) -> None:
     assert invert(ddf, num_steps=1).sub(inverse).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("scales", [(1.2, 1.2, 1.2), (3.0, 3.0, 3.0), (0.5, 1.0, 4.0)])
-def test_inverse_of_a_scaling(scales: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(("scales", "steps"), [((1.2, 1.2, 1.2), 60), ((3.0, 3.0, 3.0), 60), ((0.5, 1.0, 4.0), 150)])
+def test_inverse_of_a_scaling(scales: tuple[float, ...], steps: int) -> None:
     """x -> c + s (x - c) is undone by x -> c + (x - c) / s, which linear interpolation represents exactly."""
     centered = reference_grid([21, 25, 19], torch.device("cpu")).double()[None]
     centered = centered - centered.mean((2, 3, 4), keepdim=True)
     factors = torch.tensor(scales, dtype=torch.double).view(1, 3, 1, 1, 1)
-    inverse = invert((factors - 1) * centered, num_steps=150)
+    inverse = invert((factors - 1) * centered, num_steps=steps)
     # where the way back leads out of the grid, the field is not known
     known = (
         ((centered / factors).abs() <= centered.amax((2, 3, 4), keepdim=True)).all(1, keepdim=True).expand_as(centered)
     )
-    torch.testing.assert_close(inverse[known], ((1 / factors - 1) * centered)[known], rtol=0, atol=1e-8)
+    torch.testing.assert_close(inverse[known], ((1 / factors - 1) * centered)[known], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [0, -4])

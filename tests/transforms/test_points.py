@@ -152,13 +152,13 @@ def test_there_and_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(back, points, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-8)
 
 
-@pytest.mark.parametrize("rows", [[[1.1, 0.2], [-0.3, 0.8]], [[3.5, 0.2], [-0.3, 0.6]]])
-def test_linear_map_is_undone_at_points(rows: list[list[float]]) -> None:
+@pytest.mark.parametrize(("rows", "steps"), [([[1.1, 0.2], [-0.3, 0.8]], 60), ([[3.5, 0.2], [-0.3, 0.6]], 100)])
+def test_linear_map_is_undone_at_points(rows: list[list[float]], steps: int) -> None:
     matrix = torch.tensor(rows, dtype=torch.float64)
     voxels = torch.from_numpy(np.indices((30, 30))).double()
     field = (torch.einsum("ij,jhw->ihw", matrix, voxels) - voxels)[None]
     points = torch.from_numpy(np.random.default_rng(1).uniform(5, 20, (1, 20, 2)))
-    found = unwarp_points(points @ matrix.T, field)
+    found = unwarp_points(points @ matrix.T, field, num_steps=steps)
     torch.testing.assert_close(found, points, rtol=0, atol=1e-6)
     assert (unwarp_points(points @ matrix.T, field, num_steps=1) - points).abs().max() > 0.1
 
