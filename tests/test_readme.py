@@ -29,8 +29,9 @@ BLOCKS = [
     for language, code in re.findall(r"```(\w*)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 ]
 PYTHON = [(name, code) for name, language, code in BLOCKS if language == "python"]
-# the README's come first: the pages go on from what they have made
 SHELL = [code for _, language, code in BLOCKS if language == "bash"]
+# what the README says of numbers needs nothing that is made before it
+MEASURED = PAGES[0].read_text(encoding="utf-8").split("\n## Results\n")[1]
 
 
 def anchors(page: Path) -> set[str]:
@@ -117,10 +118,8 @@ def shorten(dataset: Path, folder: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
+def run_in_order(blocks: list[str], tmp_path: Path) -> None:
     """Trainings and refinement are cut short; all else is run to the letter."""
-    pytest.importorskip("nilearn")
     for folder in ("bundle", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     programs = tmp_path / "bin"
@@ -138,7 +137,7 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
         "DATASET": str(tmp_path / "output/sample"),
         "DATA": str(OASIS),
     }
-    for block in [SHELL[0].split(" && ")[-1].replace(".venv/bin/python", "python"), *SHELL[2:]]:
+    for block in blocks:
         command = re.sub(r"(run training(?:[^\n\\]|\\\n)*)", r"\1 --max_epochs 1 --pairs_per_epoch 2", block)
         command = command.replace("--refine 100", "--refine 1")
         command = re.sub(r"(benchmarks/encoders.py.*)", r"\1 --encoders resnet --epochs 1", command)
@@ -177,6 +176,24 @@ def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
             ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+
+
+@pytest.mark.slow
+def test_shell_blocks_of_numbers(tmp_path: Path) -> None:
+    """The commands beside the README's numbers run."""
+    blocks = [code for code in SHELL[2:] if code in MEASURED]
+    assert len(blocks) >= 10
+    run_in_order(blocks, tmp_path)
+
+
+@pytest.mark.slow
+def test_shell_blocks_in_their_order(tmp_path: Path) -> None:
+    """All other commands run; those of the README come first, and the pages go on from what they have made."""
+    pytest.importorskip("nilearn")
+    main = SHELL[0].split(" && ")[-1].replace(".venv/bin/python", "python")
+    blocks = [main, *(code for code in SHELL[2:] if code not in MEASURED)]
+    assert len(blocks) >= 15
+    run_in_order(blocks, tmp_path)
     # ITK's image is the one that has been written
     names = ("pair/warped.nii.gz", "warped_by_itk.nii.gz")
     ours, itks = (np.asarray(nib.load(tmp_path / name).dataobj) for name in names)
