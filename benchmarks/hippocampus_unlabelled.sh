@@ -17,6 +17,6 @@ configs="$here/../bundle/configs"
 labelled="$output/labelled"
 
 test -f "$labelled/dataset.json" || python "$here/synthetic_segmentation.py" "$maps" "$dataset" "$labelled"
-python -m monai.bundle run training --config_file "['$configs/train.json', '$configs/data_hippocampus.json']" \
-    --dataset_dir "$labelled" --labels "{'hippocampus': 1, 'amygdala': 2, 'ventricle': 3, 'white_matter': 4, 'cortex': 5}" \
-    --label_weight 1 --output_dir "$output/model"
+python -m monai.bundle run training \
+    --config_file "['$configs/train.json', '$configs/data_hippocampus.json', '$labelled/labels.json']" \
+    --dataset_dir "$labelled" --label_weight 1 --output_dir "$output/model"

@@ -8,7 +8,8 @@ Label T1 images cut out around the hippocampus by a network that has seen no ima
 A UNet is trained on images made of whole-head label maps (``*.nii.gz``, FreeSurfer ids) around each hippocampus: random
 shapes, T1-like contrasts and, one in five, any contrast. Then it labels the images of the lists ``training`` and
 ``validation`` of a dataset; the labels of the dataset are not read. OUTPUT_DIR becomes a dataset of the same images and
-pairs with the labels ``STRUCTURES``, for training and validation without labels of one's own.
+pairs with the labels ``STRUCTURES``, for training and validation without labels of one's own, with ``labels.json``, a
+config that says so.
 
 Source: Billot et al., SynthSeg: segmentation of brain MRI scans of any contrast and resolution without retraining,
 Medical Image Analysis 2023, for the idea.
@@ -249,6 +250,9 @@ def main() -> None:
     for pair in content.get("registration_val", []):
         files = {role: there(pair[role]) for role in ("fixed", "moving")}
         described["registration_val"].append(files | {f"{role}_label": label_of(pair[role]) for role in files})
+    numbers = {name: value for value, name in enumerate(STRUCTURES, start=1)}
+    write_json({"labels": numbers}, arguments.output_dir / "labels.json")
+    # the last file: where it is, the others are
     write_json(described, arguments.output_dir / "dataset.json")
 
 

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from monai.utils import set_determinism
 
@@ -106,6 +107,27 @@ def test_labels_lie_on_the_grid_of_their_image(
     assert np.mean((np.asarray(label.dataobj) == 3) == (data > (low + high) / 2)) > 0.999
 
 
+@pytest.mark.slow
+def test_training_learns(script: dict[str, Any], maps_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the hippocampus of an image that it has not seen."""
+    # weights of the last steps alone: those of the first are part of the mean of so few
+    monkeypatch.setitem(script["train"].__globals__, "get_ema_multi_avg_fn", lambda decay: get_ema_multi_avg_fn(0.9))
+    set_determinism(0)
+    network = script["train"](maps_dir, steps=80)
+    set_determinism(None)
+    regions, ids = script["hippocampus_regions"](maps_dir)
+    make = script["synthesis"](ids).set_random_state(1)
+    overlaps = []
+    for region in regions:
+        pair = make({"label": region})
+        with torch.inference_mode():
+            found = network(pair["image"].as_tensor()[None]).argmax(1) == 1
+        true = torch.as_tensor(pair["label"]) == 1
+        overlaps.append(float(2 * (found & true).sum() / (found.sum() + true.sum())))
+    # the whole box around it, the best that can be said without having learned anything, has 0.2
+    assert min(overlaps) > 0.3, overlaps
+
+
 def test_dataset(maps_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command; the labels of the dataset are not needed, and what it writes is a dataset."""
     source = tmp_path / "source"
@@ -130,6 +152,7 @@ def test_dataset(maps_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert nib.load(subject["label"]).shape == (30, 40, 30)
     assert load_pairs(output, subjects[1]) == [(1, 0)]
     assert (output / "segmentation.pt").stat().st_size > 10**6
+    assert json.loads((output / "labels.json").read_text())["labels"]["hippocampus"] == 1
 
 
 def test_no_maps(script: dict[str, Any], tmp_path: Path) -> None:
