@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from monai.utils import ensure_tuple_rep
 
 from monai_sacb.networks.blocks import ConvFlowEstimator, MatchingFlowEstimator
-from monai_sacb.networks.layers import self_similarity
+from monai_sacb.networks.layers import compose, self_similarity, warp
 from monai_sacb.networks.nets.feature_pyramid import FeaturePyramidEncoder
 from monai_sacb.utils import check_count
 
@@ -83,6 +83,10 @@ class SACBNet(nn.Module):
         self_similarity: let the encoder see how the surroundings of each voxel resemble each other
             (:py:func:`monai_sacb.networks.layers.self_similarity`, 12 channels, in 2-D 4) instead of the intensities,
             for images of whatever contrast; the paper does not. The setting is noted in the state.
+        num_passes: how often the network works: each further pass registers the moving image, warped by the field so
+            far, once more, and the two fields are composed. The same weights serve all passes, each of which takes the
+            time of the first; the paper has one. The setting is part of the state: weights of more passes than this
+            raise it.
 
     Raises:
         TypeError: When the encoder is not a module with ``channels``.
@@ -91,7 +95,8 @@ class SACBNet(nn.Module):
     Attributes:
         optional_state: entries of a state dict that older states do not have.
 
-    Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025.
+    Source: Cheng et al., SACB-Net: Spatial-awareness Convolutions for Medical Image Registration, CVPR 2025; Zhao et
+    al., Recursive Cascaded Networks for Unsupervised Medical Image Registration, ICCV 2019, for more than one pass.
 
     Example::
 
@@ -102,7 +107,7 @@ class SACBNet(nn.Module):
 
     """
 
-    optional_state = ("integration_steps", "align_corners", "self_similarity")
+    optional_state = ("integration_steps", "align_corners", "self_similarity", "num_passes")
 
     def __init__(
         self,
@@ -118,6 +123,7 @@ class SACBNet(nn.Module):
         encoder: nn.Module | None = None,
         align_corners: bool = True,
         self_similarity: bool = False,
+        num_passes: int = 1,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -127,6 +133,7 @@ class SACBNet(nn.Module):
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}.")
         check_count("integration_steps", integration_steps)
+        check_count("num_passes", num_passes)
         if encoder is None:
             seen = 2 * spatial_dims * (spatial_dims - 1) if self_similarity else in_channels
             encoder = FeaturePyramidEncoder(spatial_dims, seen, base_channels, negative_slope, use_checkpoint)
@@ -142,6 +149,7 @@ class SACBNet(nn.Module):
         self.feature_channels = channels
         self.align_corners = align_corners
         self.self_similarity = self_similarity
+        self.num_passes = num_passes
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
             [
@@ -158,6 +166,7 @@ class SACBNet(nn.Module):
         destination[f"{prefix}integration_steps"] = torch.tensor(self.integration_steps)
         destination[f"{prefix}align_corners"] = torch.tensor(self.align_corners)
         destination[f"{prefix}self_similarity"] = torch.tensor(self.self_similarity)
+        destination[f"{prefix}num_passes"] = torch.tensor(self.num_passes)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = {f"{prefix}{name}" for name in self.optional_state}
@@ -169,6 +178,10 @@ class SACBNet(nn.Module):
             self._set_steps(int(state_dict.get(f"{prefix}integration_steps", 0)))
         if whole or f"{prefix}align_corners" in state_dict:
             self._set_corners(bool(state_dict.get(f"{prefix}align_corners", True)))
+        stored = int(state_dict.get(f"{prefix}num_passes", 1))
+        check_count("num_passes", stored)
+        # no fewer than asked for: weights of one pass may be trained on for more
+        self.num_passes = max(self.num_passes, stored)
 
     def _set_steps(self, integration_steps: int) -> None:
         if integration_steps != 0:
@@ -208,36 +221,13 @@ class SACBNet(nn.Module):
         """The same field on a grid of twice the size, in that grid's voxels."""
         return F.interpolate(2.0 * ddf, scale_factor=2.0, mode=self.upsample_mode, align_corners=self.align_corners)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: ``(B, 2 * in_channels, *spatial)``, the moving image's channels before the fixed image's. Any size: axes
-                are padded with zeros at their far ends, to at least 32 and a multiple of 16 (in place of 16, the
-                ``divisor`` of another encoder, and twice of it), and the field is cropped.
-
-        Returns:
-            DDF ``(B, spatial_dims, *spatial)``, in voxels of the fixed grid, pull-back (``warped(p) = moving(p +
-            ddf(p))``), channel i along array axis i.
-
-        Raises:
-            ValueError: When the shape does not fit the network, or the encoder's maps are not what it should return.
-        """
-        if x.dim() != self.spatial_dims + 2 or x.shape[1] != 2 * self.in_channels:
-            raise ValueError(
-                f"expected the moving and the fixed image as one tensor (B, {2 * self.in_channels}, "
-                f"{self.spatial_dims} spatial axes), got shape {list(x.shape)}."
-            )
-        batch, spatial = x.shape[0], list(x.shape[2:])
-        padding: list[int] = []
-        for size in spatial:
-            # F.pad wants the last axis first
-            padding = [0, self.padded_size(size) - size] + padding
-        if max(padding) > 0:
-            x = F.pad(x, padding)
+    def _register(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """One pass, on images of padded size."""
         # instance norm treats every image alone, so both can share one batch
-        images = torch.cat([x[:, : self.in_channels], x[:, self.in_channels :]])
+        images = torch.cat([moving, fixed])
         if self.self_similarity:
             images = self_similarity(images)
+        batch = moving.shape[0]
         features = list(self.encoder(images))
         self._check_features(features, images)
         ddf: torch.Tensor | None = None
@@ -260,6 +250,38 @@ class SACBNet(nn.Module):
             ddf = checkpoint(self.finest_estimator, moving, fixed, ddf, use_reentrant=False)
         else:
             ddf = self.finest_estimator(moving, fixed, ddf)
+        return ddf
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: ``(B, 2 * in_channels, *spatial)``, the moving image's channels before the fixed image's. Any size: axes
+                are padded with zeros at their far ends, to at least 32 and a multiple of 16 (in place of 16, the
+                ``divisor`` of another encoder, and twice of it), and the field is cropped.
+
+        Returns:
+            DDF ``(B, spatial_dims, *spatial)``, in voxels of the fixed grid, pull-back (``warped(p) = moving(p +
+            ddf(p))``), channel i along array axis i.
+
+        Raises:
+            ValueError: When the shape does not fit the network, or the encoder's maps are not what it should return.
+        """
+        if x.dim() != self.spatial_dims + 2 or x.shape[1] != 2 * self.in_channels:
+            raise ValueError(
+                f"expected the moving and the fixed image as one tensor (B, {2 * self.in_channels}, "
+                f"{self.spatial_dims} spatial axes), got shape {list(x.shape)}."
+            )
+        spatial = list(x.shape[2:])
+        padding: list[int] = []
+        for size in spatial:
+            # F.pad wants the last axis first
+            padding = [0, self.padded_size(size) - size] + padding
+        if max(padding) > 0:
+            x = F.pad(x, padding)
+        moving, fixed = x[:, : self.in_channels], x[:, self.in_channels :]
+        ddf = self._register(moving, fixed)
+        for _ in range(self.num_passes - 1):
+            ddf = compose(self._register(warp(moving, ddf), fixed), ddf)
         for axis, size in enumerate(spatial):
             ddf = ddf.narrow(axis + 2, 0, size)
         return ddf.contiguous()
