@@ -112,7 +112,8 @@ def cluster_labels(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tens
 
     Numbers are arbitrary: those of one level have nothing to do with those of another, nor with those of the other
     image. From coarse to fine, the blocks of the levels 4 to 2 see the moving image as the levels before have warped
-    it; that of level 5 sees it as it is.
+    it; that of level 5 sees it as it is. Of a network of several passes they are those of the last one, which sees the
+    moving image as the passes before have warped it.
 
     Args:
         network: a :py:class:`monai_sacb.networks.nets.SACBNet`.
