@@ -170,6 +170,7 @@ ARMS = {
     "unscaled": Arm("matching as in the paper, not scaled", {"network_def#scaled_matching": False}),
     "corners": Arm("fields doubled by voxel areas, not corners", {"network_def#align_corners": False}),
     "diffeomorphic": Arm("velocities integrated at each level", {"network_def#diffeomorphic": True}),
+    "passes": Arm("two passes, half the steps", {"network_def#num_passes": 2}, length=0.5),
     "symmetric": Arm("both directions, inverse consistency", files=("symmetric.json",)),
     "symmetric_half": Arm("the same, half the steps", files=("symmetric.json",), length=0.5),
     "symmetric_strong": Arm(
