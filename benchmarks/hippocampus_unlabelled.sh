@@ -7,8 +7,8 @@
 #   benchmarks/hippocampus_unlabelled.sh MAPS_DIR DATASET_DIR OUTPUT_DIR
 #
 # A network that has seen nothing but synthetic images labels the images of the dataset, and SACB-Net is trained and
-# chosen by these labels, in three stages, the last one with a second pass of the network. About two and a half hours on
-# one CPU core that has bfloat16.
+# chosen by these labels, in four stages, the last two with a second pass of the network: the third one is the beginning
+# of a longer training, the last one regularizes more. About two and a half hours on one CPU core that has bfloat16.
 set -euo pipefail
 maps=${1:?the folder with the whole-head label maps}
 dataset=${2:?the folder with the dataset.json of task 04}
@@ -26,4 +26,6 @@ train --config_file "[$files]" --label_weight 1 --output_dir "$output/first"
 tune --init_path "$output/first/model.pt" --label_weight 1 --learning_rate 0.0008 --max_epochs 50 \
     --output_dir "$output/second"
 tune --init_path "$output/second/model.pt" --network_def#num_passes 2 --label_weight 2 --regularization_weight 0.6 \
-    --learning_rate 0.0007 --max_epochs 80 --val_interval 20 --output_dir "$output/model"
+    --learning_rate 0.0007 --lr_scheduler#total_iters 80 --max_epochs 40 --val_interval 20 --output_dir "$output/third"
+tune --init_path "$output/third/model.pt" --label_weight 2 --regularization_weight 1 --learning_rate 0.0005 \
+    --max_epochs 22 --val_interval 11 --output_dir "$output/model"
