@@ -329,6 +329,19 @@ def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_passes_of_the_network_cost_seconds_and_no_memory(pair: Pair, tmp_path: Path) -> None:
+    plans = []
+    for number in (1, 3, 5):
+        torch.save(SACBNet(num_passes=number).state_dict(), tmp_path / "x.pt")
+        files = {"fixed": pair.fixed, "moving": pair.moving, "output_dir": str(tmp_path / "out")}
+        plan = register(**files, model=str(tmp_path / "x.pt"), affine="false", dry_run=True)
+        assert isinstance(plan, dict)
+        plans.append(plan)
+    first, second, third = (plan["expected_seconds"] for plan in plans)
+    assert second > first and third - second == pytest.approx(second - first, abs=0.11)
+    assert len({plan["expected_memory_mb"] for plan in plans}) == 1
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize(
     ("output", "message"),
