@@ -8,11 +8,12 @@
         --weights sacb=output_hippocampus/model.pt voxelmorph=OUT_VXM/model.pt,benchmarks/voxelmorph.json --refine 50
 
 All methods get the same arrays: those of the bundle's evaluation with the overlay bundle/configs/data_<dataset>.json.
-Weights are ``name=file``, or ``name=file,overlay`` where the overlay defines another network; with ``--refine`` each
-network appears twice, as it is and refined, and so does the refinement alone, from no displacement. With ``--contrast``
-the moving image gets another contrast, as if of another modality. OUT/peers.csv has a row for each pair and method and
-grows as they are done: the same command goes on where the last one ended, and tries again what failed. OUT/<method>.log
-has what a tool wrote. Seconds are CPU time, of all threads. The settings of the tools are constants of peer_methods.py.
+Weights are ``name=file``, or ``name=file,overlay`` where the overlay defines another network; with ``--refine STEPS``
+each network appears as it is and refined by each of these numbers of steps, and so does the refinement alone, from no
+displacement. With ``--contrast`` the moving image gets another contrast, as if of another modality. OUT/peers.csv has a
+row for each pair and method and grows as they are done: the same command goes on where the last one ended, and tries
+again what failed. OUT/<method>.log has what a tool wrote. Seconds are CPU time, of all threads. The settings of the
+tools are constants of peer_methods.py.
 """
 
 from __future__ import annotations
@@ -160,12 +161,12 @@ def table(
 def chosen_methods(options: argparse.Namespace) -> dict[str, tuple[type[Method], tuple[Any, ...]]]:
     methods = {name: METHODS[name] for name in options.methods}
     configs = [str(path) for path in config_files(options.dataset)]
-    if options.refine:
-        methods[f"refinement {options.refine}"] = (Optimization, (configs, options.refine))
+    for iterations in options.refine:
+        methods[f"refinement {iterations}"] = (Optimization, (configs, iterations))
     for weights in options.weights:
         name, _, files = weights.partition("=")
         file, _, overlay = files.partition(",")
-        for iterations in dict.fromkeys((0, options.refine)):
+        for iterations in dict.fromkeys((0, *options.refine)):
             label = f"{name} refined {iterations}" if iterations else name
             all_configs = [*configs, overlay] if overlay else configs
             methods[label] = (Network, (all_configs, os.path.abspath(file), iterations))
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="entries of the overlay: name=value")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=["identity"])
     parser.add_argument("--weights", nargs="*", default=[], help="name=file or name=file,overlay")
-    parser.add_argument("--refine", type=int, default=0)
+    parser.add_argument("--refine", type=int, nargs="*", default=[], help="steps of refinement")
     parser.add_argument("--contrast", choices=list(CONTRASTS), default="same", help="of the moving image")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first pairs")
