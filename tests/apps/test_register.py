@@ -330,9 +330,11 @@ def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_passes_of_the_network_cost_seconds_and_no_memory(pair: Pair, tmp_path: Path) -> None:
+    """Whether the weights say how many there are, or the card beside them does."""
     plans = []
-    for number in (1, 3, 5):
-        torch.save(SACBNet(num_passes=number).state_dict(), tmp_path / "x.pt")
+    for stored, card in ((1, {}), (3, {}), (1, {"network_def#num_passes": 5})):
+        torch.save(SACBNet(num_passes=stored).state_dict(), tmp_path / "x.pt")
+        (tmp_path / "x.json").write_text(json.dumps({"settings": card}))
         files = {"fixed": pair.fixed, "moving": pair.moving, "output_dir": str(tmp_path / "out")}
         plan = register(**files, model=str(tmp_path / "x.pt"), affine="false", dry_run=True)
         assert isinstance(plan, dict)
