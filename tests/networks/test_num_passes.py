@@ -159,6 +159,15 @@ def test_scripted() -> None:
     torch.testing.assert_close(torch.jit.script(net)(x), net(x), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported() -> None:
+    net, x = make_net(num_passes=2).double(), images(32, 32, dtype=torch.float64)
+    exported = torch.export.export(net, (x,)).module()
+    for pair in (x, x.flip(1)):
+        torch.testing.assert_close(exported(pair), net(pair), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
 def test_ill_formed(value: Any) -> None:
     with pytest.raises(ValueError, match="num_passes must be a whole number of at least 1"):
