@@ -237,18 +237,14 @@ class SACBNet(nn.Module):
             # taken off the list, the maps of a level are freed when it is done
             maps = features.pop()
             moving, fixed = maps[:batch], maps[batch:]
-            if torch.jit.is_scripting():
-                ddf = estimator(moving, fixed, ddf)
-            elif self.use_checkpoint and self.training:
+            if not torch.jit.is_scripting() and self.use_checkpoint and self.training:
                 ddf = checkpoint(estimator, moving, fixed, ddf, use_reentrant=False)
             else:
                 ddf = estimator(moving, fixed, ddf)
             ddf = self._upsample(ddf)
         maps = features.pop()
         moving, fixed = maps[:batch], maps[batch:]
-        if torch.jit.is_scripting():
-            ddf = self.finest_estimator(moving, fixed, ddf)
-        elif self.use_checkpoint and self.training:
+        if not torch.jit.is_scripting() and self.use_checkpoint and self.training:
             ddf = checkpoint(self.finest_estimator, moving, fixed, ddf, use_reentrant=False)
         else:
             ddf = self.finest_estimator(moving, fixed, ddf)
