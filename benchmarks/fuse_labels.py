@@ -5,10 +5,10 @@ Label the images of a dataset anew, each by the labels of others that a model ha
 
     python benchmarks/fuse_labels.py DATASET_DIR MODEL OUTPUT_DIR
 
-DATASET_DIR holds a dataset.json whose lists ``training`` and ``validation`` have images and labels, as
-benchmarks/synthetic_segmentation.py writes it, and ``labels.json``. Each image receives, voxel by voxel, the label that
-most of ``--atlases`` images of the list ``training``, never itself, agree on: what is wrong in one label alone is voted
-down. OUTPUT_DIR becomes a dataset of the same images and pairs with the new labels.
+DATASET_DIR holds a dataset.json whose lists ``training`` and ``validation`` have images of at most 48x64x48 voxels and
+labels, as benchmarks/synthetic_segmentation.py writes it, and ``labels.json``. Each image receives, voxel by voxel, the
+label that most of ``--atlases`` images of the list ``training``, never itself, agree on: what is wrong in one label
+alone is voted down. OUTPUT_DIR becomes a dataset of the same images and pairs with the new labels.
 
 Source: Heckemann et al., Automatic anatomical brain MRI segmentation combining label propagation and decision fusion,
 NeuroImage 2006.
@@ -18,30 +18,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-import numpy as np
 import torch
-from synthetic_segmentation import SECTIONS, SIZE, read_volume
+from synthetic_segmentation import SECTIONS, SIZE, on_own_grid, prepare, read_volume, relabelled
 from tqdm import tqdm
 
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.networks.utils import one_hot
-from monai.transforms import Compose, Orientation, ScaleIntensity, ScaleIntensityRangePercentiles, SpatialPad
+from monai.transforms import SpatialPad
 
 from monai_sacb.networks import load_pretrained
 from monai_sacb.networks.layers import warp
 from monai_sacb.utils import write_json
 
-prepare = Compose([ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True), ScaleIntensity()])
 
-
-def fuse(network: torch.nn.Module, fixed: torch.Tensor, atlases: list[tuple[torch.Tensor, torch.Tensor]]) -> MetaTensor:
+def fuse(
+    network: torch.nn.Module, fixed: torch.Tensor, atlases: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
     """
     Args:
         network: registers a moving and a fixed image.
@@ -71,45 +69,38 @@ def main() -> None:
     content = json.loads((arguments.dataset_dir / "dataset.json").read_text(encoding="utf-8"))
     classes = 1 + len(json.loads((arguments.dataset_dir / "labels.json").read_text(encoding="utf-8"))["labels"])
     if not 0 < arguments.atlases < len(content["training"]):
-        raise SystemExit(f"--atlases must be of 1 to {len(content['training']) - 1}, got {arguments.atlases}.")
-    network = load_pretrained(arguments.model).eval()
+        raise SystemExit(f"--atlases must be from 1 to {len(content['training']) - 1}, got {arguments.atlases}.")
+    described = relabelled(content, arguments.dataset_dir, arguments.output_dir)
+    network = load_pretrained(arguments.model)
     pad = SpatialPad(SIZE)
     images: dict[str, MetaTensor] = {}
     labels: dict[str, torch.Tensor] = {}
     for entry in tqdm([entry for name in SECTIONS for entry in content[name]], desc="reading", unit="image"):
-        images[entry["image"]] = pad(prepare(read_volume(arguments.dataset_dir / entry["image"])))
+        image = prepare(arguments.dataset_dir / entry["image"])
+        if image.shape[1:] != SIZE:
+            raise SystemExit(f"'{entry['image']}' is larger than {SIZE} voxels.")
+        images[entry["image"]] = image
         labels[entry["image"]] = pad(read_volume(arguments.dataset_dir / entry["label"])).as_tensor().round()
     candidates = [entry["image"] for entry in content["training"]]
     choice = random.Random(arguments.seed)
-    (arguments.output_dir / "labels").mkdir(parents=True, exist_ok=True)
-    described: dict[str, list[dict[str, str]]] = {
-        name: [
-            {
-                key: value
-                if key.endswith("label")
-                else os.path.relpath(arguments.dataset_dir / value, arguments.output_dir)
-                for key, value in entry.items()
-            }
-            for entry in entries
-        ]
-        for name, entries in content.items()
-    }
     jobs = [
-        {**entry, "others": choice.sample([name for name in candidates if name != entry["image"]], arguments.atlases)}
+        {
+            "image": old["image"],
+            "label": new["label"],
+            "others": choice.sample([name for name in candidates if name != old["image"]], arguments.atlases),
+        }
         for section in SECTIONS
-        for entry in content[section]
+        for old, new in zip(content[section], described[section])
     ]
 
     def label(job: dict[str, Any]) -> str:
-        volume = images[job["image"]]
+        image = images[job["image"]]
         atlases = [(images[name].as_tensor(), one_hot(labels[name], classes, dim=0)) for name in job["others"]]
-        fused = fuse(network, volume.as_tensor(), atlases)
-        found = MetaTensor(fused, affine=volume.affine, applied_operations=volume.applied_operations)
-        affine = volume.meta["original_affine"]
-        found = Orientation(nib.aff2axcodes(affine), labels=None)(pad.inverse(found))
-        nib.save(nib.Nifti1Image(found[0].numpy().astype(np.uint8), affine), arguments.output_dir / job["label"])
+        fused = fuse(network, image.as_tensor(), atlases)
+        nib.save(on_own_grid(fused, image), arguments.output_dir / job["label"])
         return str(job["label"])
 
+    (arguments.output_dir / "labels").mkdir(parents=True, exist_ok=True)
     loader = DataLoader(Dataset(jobs, label), batch_size=None, num_workers=arguments.num_workers)
     for _ in tqdm(loader, desc="labelling", unit="image"):
         pass

@@ -118,6 +118,51 @@ def read_volume(path: Path) -> MetaTensor:
     return Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation("RAS", labels=None)])(path)
 
 
+# what networks are given: (1, *spatial), in RAS, scaled to [0, 1], of SIZE at least
+prepare = Compose(
+    [
+        LoadImage(image_only=True),
+        EnsureChannelFirst(),
+        Orientation("RAS", labels=None),
+        ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True),
+        ScaleIntensity(),
+        SpatialPad(SIZE),
+    ]
+)
+
+
+def on_own_grid(label: torch.Tensor, image: MetaTensor) -> nib.Nifti1Image:
+    """The label (1, *spatial) of a prepared image, on the grid of its file."""
+    found = MetaTensor(label, affine=image.affine, applied_operations=list(image.applied_operations))
+    found = prepare.inverse(found)
+    return nib.Nifti1Image(found[0].numpy().astype(np.uint8), image.meta["original_affine"])
+
+
+def relabelled(content: Mapping[str, Any], dataset_dir: Path, output_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The content of a dataset.json for a folder with new labels of the same images, labels/NAME of each."""
+    if output_dir.resolve() == dataset_dir.resolve():
+        raise SystemExit(f"'{output_dir}' holds the dataset itself: its labels would be lost.")
+    names = [Path(entry["image"]).name for section in SECTIONS for entry in content[section]]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"'{dataset_dir}' has images of one name in several folders.")
+
+    def there(image: str) -> str:
+        return os.path.relpath(dataset_dir / image, output_dir)
+
+    def label_of(image: str) -> str:
+        return f"labels/{Path(image).name}"
+
+    described = {
+        section: [{"image": there(entry["image"]), "label": label_of(entry["image"])} for entry in content[section]]
+        for section in SECTIONS
+    }
+    described["registration_val"] = []
+    for pair in content.get("registration_val", []):
+        files = {role: there(pair[role]) for role in ("fixed", "moving")}
+        described["registration_val"].append(files | {f"{role}_label": label_of(pair[role]) for role in files})
+    return described
+
+
 def hippocampus_regions(maps_dir: Path) -> tuple[list[torch.Tensor], list[int]]:
     """The maps (1, *REACH) around each hippocampus, in numbers of the list of ids that comes with them."""
     regions = []
@@ -204,17 +249,12 @@ def train(maps_dir: Path, steps: int, learning_rate: float = 2e-3, batch_size: i
 
 def label_image(network: torch.nn.Module, path: Path) -> nib.Nifti1Image:
     """The structures of an image file, on its own grid; the network is asked for the image and its mirror image."""
-    image = read_volume(path)
-    scale = Compose([ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True), ScaleIntensity()])
-    pad = SpatialPad([max(size, least) for size, least in zip(image.shape[1:], SIZE)])
-    scaled = pad(scale(image))
+    image = prepare(path)
     infer = SlidingWindowInferer(SIZE, overlap=0.5)
     with torch.inference_mode():
-        scores = infer(scaled[None].as_tensor(), network).softmax(1)
-        scores += infer(scaled[None].as_tensor().flip(2), network).softmax(1).flip(2)
-    label = MetaTensor(scores.argmax(1).byte(), affine=scaled.affine, applied_operations=scaled.applied_operations)
-    label = Orientation(nib.aff2axcodes(image.meta["original_affine"]), labels=None)(pad.inverse(label))
-    return nib.Nifti1Image(label[0].numpy().astype(np.uint8), image.meta["original_affine"])
+        scores = infer(image[None].as_tensor(), network).softmax(1)
+        scores += infer(image[None].as_tensor().flip(2), network).softmax(1).flip(2)
+    return on_own_grid(scores.argmax(1).byte(), image)
 
 
 def main() -> None:
@@ -227,29 +267,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     content = json.loads((arguments.dataset_dir / "dataset.json").read_text(encoding="utf-8"))
-    names = [Path(entry["image"]).name for section in SECTIONS for entry in content[section]]
-    if len(set(names)) < len(names):
-        raise SystemExit(f"'{arguments.dataset_dir}' has images of one name in several folders.")
+    described = relabelled(content, arguments.dataset_dir, arguments.output_dir)
     set_determinism(arguments.seed)
     network = train(arguments.maps_dir, arguments.steps)
     (arguments.output_dir / "labels").mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), arguments.output_dir / "segmentation.pt")
-
-    def there(image: str) -> str:
-        return os.path.relpath(arguments.dataset_dir / image, arguments.output_dir)
-
-    def label_of(image: str) -> str:
-        return f"labels/{Path(image).name}"
-
-    described: dict[str, list[dict[str, str]]] = {"registration_val": []}
     for section in SECTIONS:
-        entries = [entry["image"] for entry in content[section]]
-        for image in tqdm(entries, desc=f"labelling {section}", unit="image"):
-            nib.save(label_image(network, arguments.dataset_dir / image), arguments.output_dir / label_of(image))
-        described[section] = [{"image": there(image), "label": label_of(image)} for image in entries]
-    for pair in content.get("registration_val", []):
-        files = {role: there(pair[role]) for role in ("fixed", "moving")}
-        described["registration_val"].append(files | {f"{role}_label": label_of(pair[role]) for role in files})
+        for old, new in zip(tqdm(content[section], desc=f"labelling {section}", unit="image"), described[section]):
+            nib.save(label_image(network, arguments.dataset_dir / old["image"]), arguments.output_dir / new["label"])
     numbers = {name: value for value, name in enumerate(STRUCTURES, start=1)}
     write_json({"labels": numbers}, arguments.output_dir / "labels.json")
     # the last file: where it is, the others are

@@ -1,6 +1,6 @@
 # Copyright (c) the monai_sacb contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark that labels images by the labels of others."""
+"""The benchmark that labels each image by the labels of others."""
 
 from __future__ import annotations
 
@@ -15,95 +15,126 @@ import numpy as np
 import pytest
 import torch
 
-import monai_sacb.networks
+from monai_sacb.data import load_subjects
+from monai_sacb.networks.nets import IdentityField
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPT = str(BENCHMARKS / "fuse_labels.py")
-SHAPE = (30, 40, 36)
-BOX = (slice(8, 20), slice(10, 25), slice(9, 21))
-
-
-class Shift(torch.nn.Module):
-    """A field that takes every voxel from so many further along the first axis."""
-
-    def __init__(self, voxels: float) -> None:
-        super().__init__()
-        self.voxels = voxels
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ddf = torch.zeros(len(x), 3, *x.shape[2:])
-        ddf[:, 0] = self.voxels
-        return ddf
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fuse_labels.py"
+AXES = ["RAS", "LIA", "PSR", "SPL", "RAS", "AIL"]
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five images of one box, on grids of other axes; two labels of it are wrong."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    folder = tmp_path / "dataset"
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """With a model that moves nothing."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    namespace = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(namespace["main"].__globals__, "load_pretrained", lambda model: IdentityField())
+    return namespace
+
+
+def write_image(array: np.ndarray, axes: str, path: Path) -> None:
+    """Of an array in RAS."""
+    image = nib.Nifti1Image(array, np.eye(4))
+    nib.save(image.as_reoriented(nib.orientations.axcodes2ornt(axes)), path)
+
+
+def read_ras(path: str) -> np.ndarray:
+    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+
+
+def write_dataset(folder: Path, labels: list[np.ndarray]) -> None:
+    """Images in all orientations with labels in RAS, the last two in the list for validation."""
     (folder / "labels").mkdir(parents=True)
-    values = np.random.default_rng(0).uniform(size=SHAPE).astype(np.float32)
-    for i, axes in enumerate(("RAS", "LIA", "PSR", "RAS", "RAS")):
-        label = np.zeros(SHAPE, np.uint8)
-        label[BOX] = (1, 1, 2, 1, 0)[i]
-        for name, array in ((f"image_{i}.nii.gz", values), (f"labels/label_{i}.nii.gz", label)):
-            image = nib.Nifti1Image(array, np.eye(4)).as_reoriented(nib.orientations.axcodes2ornt(axes))
-            nib.save(image, folder / name)
-    entries = [{"image": f"image_{i}.nii.gz", "label": f"labels/label_{i}.nii.gz"} for i in range(5)]
-    pair = {"fixed": "image_3.nii.gz", "moving": "image_4.nii.gz"}
-    pair |= {"fixed_label": "labels/label_3.nii.gz", "moving_label": "labels/label_4.nii.gz"}
-    content = {"training": entries[:4], "validation": entries[4:], "registration_val": [pair]}
+    entries = []
+    for i, label in enumerate(labels):
+        values = np.random.default_rng(i).uniform(size=label.shape).astype(np.float32)
+        entries.append({"image": f"image_{i}.nii.gz", "label": f"labels/image_{i}.nii.gz"})
+        write_image(values, AXES[i], folder / entries[-1]["image"])
+        write_image(label, AXES[i], folder / entries[-1]["label"])
+    fixed, moving = entries[-2:]
+    pair = {role: entry["image"] for role, entry in (("fixed", fixed), ("moving", moving))}
+    pair |= {"fixed_label": fixed["label"], "moving_label": moving["label"]}
+    content = {"name": "made up", "training": entries[:-2], "validation": entries[-2:], "registration_val": [pair]}
     (folder / "dataset.json").write_text(json.dumps(content))
     (folder / "labels.json").write_text(json.dumps({"labels": {"one": 1, "two": 2}}))
-    monkeypatch.setattr(monai_sacb.networks, "load_pretrained", {"none moves": Shift(0)}.__getitem__)
-    return folder
 
 
-def test_votes_move_with_the_images(dataset: Path) -> None:
-    fuse = runpy.run_path(SCRIPT)["fuse"]
-    probabilities = [torch.zeros(3, 32, 32, 32) for _ in range(3)]
-    for i, places in enumerate(((10, 20), (10, 20), (12, 22))):
-        probabilities[i][1, slice(*places)] = 1
-        probabilities[i][0] = 1 - probabilities[i][1]
-    image = torch.rand(1, 32, 32, 32)
-    label = fuse(Shift(2), image, [(image, one) for one in probabilities])
-    expected = torch.zeros(1, 32, 32, 32)
-    # where two of three lie
-    expected[:, 8:18] = 1
-    assert label.dtype == torch.uint8 and torch.equal(label.float(), expected)
+def cube(value: int, first: int, shape: tuple[int, ...] = (30, 40, 20)) -> np.ndarray:
+    label = np.zeros(shape, np.uint8)
+    label[first : first + 8, 10:25, 5:12] = value
+    return label
 
 
-def test_dataset(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole command: wrong labels are voted down, on the grids of their images."""
-    output = tmp_path / "fused"
-    options = ["--atlases", "3", "--num_workers", "0"]
-    monkeypatch.setattr(sys, "argv", ["", str(dataset), "none moves", str(output), *options])
-    runpy.run_path(SCRIPT, run_name="__main__")
-    content = json.loads((output / "dataset.json").read_text())
-    entries = [*content["training"], *content["validation"]]
-    assert len(entries) == 5 and set(content["registration_val"][0]) == {
-        "fixed",
-        "moving",
-        "fixed_label",
-        "moving_label",
-    }
-    assert (output / "labels.json").read_text() == (dataset / "labels.json").read_text()
-    for i, entry in enumerate(entries):
-        assert (output / entry["image"]).samefile(dataset / f"image_{i}.nii.gz")
-        image, label = (nib.load(output / entry[key]) for key in ("image", "label"))
+def run(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["", *map(str, arguments), "--num_workers", "0"])
+    script["main"]()
+
+
+class Shift(torch.nn.Module):
+    """A shift along the first axis by the value of the moving image."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        ddf = torch.zeros(1, 3, *images.shape[2:])
+        ddf[:, 0] = images[:, 0]
+        return ddf
+
+
+def test_fuse(script: dict[str, Any]) -> None:
+    """Two of three atlases agree, once they are laid on the image; each alone is somewhere else."""
+    atlases = []
+    for shift, first in ((2.0, 12), (-3.0, 7), (0.0, 14)):
+        label = torch.from_numpy(cube(2, first)).long()
+        atlases.append(
+            (torch.full((1, *label.shape), shift), torch.nn.functional.one_hot(label, 3).movedim(-1, 0).float())
+        )
+    fused = script["fuse"](Shift(), torch.zeros(1, 30, 40, 20), atlases)
+    assert torch.equal(fused[0], torch.from_numpy(cube(2, 10)))
+
+
+def test_wrong_labels_are_voted_down(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = tmp_path / "source", tmp_path / "fused"
+    write_dataset(source, [cube(2, 10), cube(1, 20), cube(2, 10), cube(2, 10), cube(1, 3), cube(2, 9)])
+    run(script, monkeypatch, source, "any", output, "--atlases", 3)
+    subjects = [load_subjects(output, section) for section in ("training", "validation")]
+    assert [len(section) for section in subjects] == [4, 2]
+    for i, subject in enumerate([*subjects[0], *subjects[1]]):
+        assert Path(subject["image"]).samefile(source / f"image_{i}.nii.gz")
+        image, label = nib.load(subject["image"]), nib.load(subject["label"])
         assert label.shape == image.shape and np.array_equal(label.affine, image.affine)
-        found = np.asarray(nib.as_closest_canonical(label).dataobj)
-        assert found.shape == SHAPE and set(np.unique(found)) == {0, 1}
-        inside = np.zeros(SHAPE, bool)
-        inside[BOX] = True
-        # two of the three that vote on it are right
-        assert np.array_equal(found == 1, inside), i
+        assert np.array_equal(read_ras(subject["label"]), cube(2, 10))
+    pair = json.loads((output / "dataset.json").read_text())["registration_val"][0]
+    assert pair["fixed_label"] == "labels/image_4.nii.gz" and pair["moving_label"] == "labels/image_5.nii.gz"
+    assert json.loads((output / "labels.json").read_text())["labels"] == {"one": 1, "two": 2}
+    # the dataset itself has kept its own
+    assert np.array_equal(read_ras(str(source / "labels/image_1.nii.gz")), cube(1, 20))
 
 
-@pytest.mark.parametrize("number", [0, 4])
-def test_number_of_atlases(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    arguments: list[Any] = ["", dataset, "none moves", tmp_path / "fused", "--atlases", number]
-    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-    with pytest.raises(SystemExit, match=f"--atlases must be of 1 to 3, got {number}"):
-        runpy.run_path(SCRIPT, run_name="__main__")
+def test_no_image_votes_on_itself(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [cube(1, 4), cube(2, 15), cube(1, 8), cube(2, 9)]
+    write_dataset(tmp_path / "source", labels)
+    run(script, monkeypatch, tmp_path / "source", "any", tmp_path / "fused", "--atlases", 1)
+    found = [read_ras(subject["label"]) for subject in load_subjects(tmp_path / "fused", "training")]
+    assert np.array_equal(found[0], labels[1]) and np.array_equal(found[1], labels[0])
+
+
+@pytest.mark.parametrize(
+    ("atlases", "shape", "output", "message"),
+    [
+        (0, (30, 40, 20), "fused", "--atlases must be from 1 to 1, got 0"),
+        (2, (30, 40, 20), "fused", "--atlases must be from 1 to 1, got 2"),
+        (1, (30, 70, 20), "fused", "image_0.nii.gz' is larger than"),
+        (1, (30, 40, 20), "source", "holds the dataset itself"),
+    ],
+)
+def test_refused(
+    script: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    atlases: int,
+    shape: tuple[int, ...],
+    output: str,
+    message: str,
+) -> None:
+    write_dataset(tmp_path / "source", [cube(1, 4, shape)] * 4)
+    with pytest.raises(SystemExit, match=message):
+        run(script, monkeypatch, tmp_path / "source", "any", tmp_path / output, "--atlases", atlases)
     assert not (tmp_path / "fused").exists()

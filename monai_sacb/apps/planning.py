@@ -15,7 +15,6 @@ from monai_sacb.apps.pair_outputs import check_output_folder
 from monai_sacb.apps.pair_reading import PairFiles, read_affine, read_pair
 from monai_sacb.apps.registration import RegistrationOptions, Setting
 from monai_sacb.apps.working_pair import finer_grid, pair_grid
-from monai_sacb.networks import stored_setting
 
 __all__ = ["plan_registration"]
 
@@ -52,8 +51,9 @@ def plan_registration(
     fine = 0 if finer is None else math.prod(finer.shape)
     costs = setting.get("costs")
     working, native = math.prod(grid.shape), math.prod(fixed.grid.shape) + math.prod(moving.grid.shape)
-    network = setting.model.weights is not None
-    passes = stored_setting(setting.model.weights, "num_passes", 1) if network else 0
+    network = setting.network is not None
+    # networks of other bundles may know no passes
+    passes = getattr(setting.network, "num_passes", 1) if network else 0
     seconds = {
         "affine": costs["affine_seconds"] if source == "estimated" else 0.0,
         "network": costs["network_seconds_per_million"] * working * passes / 1e6,

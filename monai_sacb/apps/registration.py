@@ -229,7 +229,8 @@ def request_digest(files: PairFiles, options: RegistrationOptions, setting: Sett
     given = {**asdict(files), "affine": options.affine if options.affine_source == "given" else None}
     paths = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
     stages = ("affine_stage", "inferer", "working_grid", "refinement", "fine_grid", "fine_refinement")
-    parts = [setting.get(name) for name in ("scale_intensity", *stages)]
+    # the card of a model may set its network up in another way for the same weights
+    parts = [setting.network, *(setting.get(name) for name in ("scale_intensity", *stages))]
     choices = (options.affine_source, options.fill, options.keep_dtype, options.seed, setting.refine, setting.fine)
     numbers = (setting.model.sha256, setting.tolerance, asdict(setting.thresholds), version("monai-sacb"))
     return settings_digest(file_hashing(paths), choices, numbers, parts)

@@ -216,12 +216,11 @@ def stored_setting(path: str | os.PathLike[str] | None, name: str, default: int 
     """
     How the network was built whose weights a file holds: what ``inference.json`` builds its network with.
 
-    So weights of any width and input can be named there, as those of a training by ``train.json``; and what they take
-    can be said before they are loaded.
+    So weights of any width and input can be named there, as those of a training by ``train.json``.
 
     Args:
         path: a state dict of :py:class:`monai_sacb.networks.nets.SACBNet`, or the state of a whole training.
-        name: ``"base_channels"``, ``"self_similarity"`` or ``"num_passes"``.
+        name: ``"base_channels"`` or ``"self_similarity"``.
         default: the value where there is no such file, or it holds the weights of another kind of network, which is
             refused with a sentence when they are loaded.
 
@@ -231,10 +230,8 @@ def stored_setting(path: str | os.PathLike[str] | None, name: str, default: int 
     Raises:
         ValueError: When there is no such setting, or the file is there but cannot be read.
     """
-    # what a state without the entry, older than the setting, stands for
-    missing = {"self_similarity": False, "num_passes": 1}
-    if name != "base_channels" and name not in missing:
-        raise ValueError(f"name must be 'base_channels', 'self_similarity' or 'num_passes', got {name!r}.")
+    if name not in ("base_channels", "self_similarity"):
+        raise ValueError(f"name must be 'base_channels' or 'self_similarity', got {name!r}.")
     if path is None or not Path(path).is_file():
         return default
     state = read_checkpoint(path)
@@ -243,5 +240,4 @@ def stored_setting(path: str | os.PathLike[str] | None, name: str, default: int 
     first = state.get(FIRST_WEIGHT) if isinstance(state, Mapping) else None
     if not isinstance(first, torch.Tensor) or first.dim() == 0:
         return default
-    value = first.shape[0] if name == "base_channels" else state.get(name, missing[name])
-    return bool(value) if name == "self_similarity" else int(value)
+    return int(first.shape[0]) if name == "base_channels" else bool(state.get(name, False))

@@ -22,6 +22,8 @@ from synthetic_pair import MakePair, Pair, deformation, grid_points, write_itk
 
 from monai_sacb.apps import RegistrationResult, register
 from monai_sacb.apps import registration as stages
+from monai_sacb.apps.pair_reading import PairFiles
+from monai_sacb.apps.registration import RegistrationOptions, Setting, request_digest
 from monai_sacb.networks.nets import SACBNet
 from monai_sacb.utils import file_digest
 
@@ -330,9 +332,11 @@ def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_passes_of_the_network_cost_seconds_and_no_memory(pair: Pair, tmp_path: Path) -> None:
+    """Whether the weights say how many there are, or the card beside them does."""
     plans = []
-    for number in (1, 3, 5):
-        torch.save(SACBNet(num_passes=number).state_dict(), tmp_path / "x.pt")
+    for stored, card in ((1, {}), (3, {}), (1, {"network_def#num_passes": 5})):
+        torch.save(SACBNet(num_passes=stored).state_dict(), tmp_path / "x.pt")
+        (tmp_path / "x.json").write_text(json.dumps({"settings": card}))
         files = {"fixed": pair.fixed, "moving": pair.moving, "output_dir": str(tmp_path / "out")}
         plan = register(**files, model=str(tmp_path / "x.pt"), affine="false", dry_run=True)
         assert isinstance(plan, dict)
@@ -340,6 +344,16 @@ def test_passes_of_the_network_cost_seconds_and_no_memory(pair: Pair, tmp_path: 
     first, second, third = (plan["expected_seconds"] for plan in plans)
     assert second > first and third - second == pytest.approx(second - first, abs=0.11)
     assert len({plan["expected_memory_mb"] for plan in plans}) == 1
+
+
+def test_digest_of_a_request_knows_the_card_of_the_network(pair: Pair, tmp_path: Path) -> None:
+    torch.save(SACBNet().state_dict(), tmp_path / "x.pt")
+    options = RegistrationOptions(model=str(tmp_path / "x.pt"))
+    digests = []
+    for passes in (1, 1, 2):
+        (tmp_path / "x.json").write_text(json.dumps({"settings": {"network_def#num_passes": passes}}))
+        digests.append(request_digest(PairFiles(pair.fixed, pair.moving), options, Setting(options)))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

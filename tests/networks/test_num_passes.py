@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from monai.networks import copy_model_state
 
-from monai_sacb.networks.layers import compose, warp
+from monai_sacb.networks.layers import compose, reference_grid, warp
 from monai_sacb.networks.nets import SACBNet
 
 
@@ -84,18 +84,45 @@ def test_fields_add_up() -> None:
     assert net.finest_estimator.calls == 3
 
 
+@torch.no_grad()
+def test_order_of_the_fields() -> None:
+    """The image under the whole field is that under the first field, seen through the second one."""
+    x = images(64, 64, dtype=torch.float64)
+    # on a smooth image, which loses little by being interpolated twice
+    moving, fixed = torch.sin(reference_grid([64, 64], x.device).sum(0) / 8).to(x)[None, None], x[:, 1:]
+    net = make_net(num_passes=2).double()
+    fields: list[torch.Tensor] = []
+    net.finest_estimator.register_forward_hook(lambda _, __, ddf: fields.append(ddf))
+    found = warp(moving, net(torch.cat([moving, fixed], 1)))
+    first, second = fields
+    inner = (..., slice(16, -16), slice(16, -16))
+    expected, swapped = warp(warp(moving, first), second)[inner], warp(warp(moving, second), first)[inner]
+    assert (found[inner] - expected).abs().mean() < 0.2 * (swapped - expected).abs().mean()
+
+
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_gradients_go_through_all_passes(use_checkpoint: bool) -> None:
-    x = images(32, 48)
-    x.requires_grad_()
-    gradients = []
-    for number in (1, 2):
-        net = make_net(num_passes=number, use_checkpoint=use_checkpoint).train()
-        net(x).square().mean().backward()
-        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
-        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients[-1])
-    assert len(gradients[0]) == len(gradients[1])
-    assert all(not torch.allclose(one, two) for one, two in zip(*gradients) if one.abs().max() > 1e-6)
+    x = images(32, 48, dtype=torch.float64)
+    moving, fixed = x.chunk(2, 1)
+    one = make_net().double().train()
+    ddf = one(x)
+    compose(one(torch.cat([warp(moving, ddf), fixed], 1)), ddf).square().mean().backward()
+    two = make_net(num_passes=2, use_checkpoint=use_checkpoint).double().train()
+    two(x).square().mean().backward()
+    for (name, expected), found in zip(one.named_parameters(), two.parameters()):
+        assert (expected.grad is None) == (found.grad is None), name
+        if expected.grad is not None and found.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@torch.no_grad()
+def test_autocast_keeps_the_field_in_single_precision() -> None:
+    net, x = make_net(num_passes=2), images(32, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        ddf = net(x)
+    assert ddf.dtype == torch.float32 and bool(torch.isfinite(ddf).all())
+    # nor has it been in half precision on the way
+    assert not torch.equal(ddf, ddf.bfloat16().float())
 
 
 @torch.no_grad()
@@ -117,6 +144,11 @@ def test_weights_raise_it() -> None:
     assert one.num_passes == 1
     copy_model_state(one, two)
     assert one.num_passes == 2
+    # what has been loaded before does not count
+    for state in (make_net().state_dict(), older):
+        one.load_state_dict(two.state_dict())
+        one.load_state_dict(state)
+        assert one.num_passes == 1 and torch.equal(one(x), expected[1])
     with pytest.raises(ValueError, match="num_passes must be a whole number of at least 1, got 0"):
         one.load_state_dict({**older, "num_passes": torch.tensor(0)})
 
@@ -125,6 +157,15 @@ def test_weights_raise_it() -> None:
 def test_scripted() -> None:
     net, x = make_net(num_passes=2).double(), images(32, 48, dtype=torch.float64)
     torch.testing.assert_close(torch.jit.script(net)(x), net(x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported() -> None:
+    net, x = make_net(num_passes=2).double(), images(32, 32, dtype=torch.float64)
+    exported = torch.export.export(net, (x,)).module()
+    for pair in (x, x.flip(1)):
+        torch.testing.assert_close(exported(pair), net(pair), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])

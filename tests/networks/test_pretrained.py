@@ -177,17 +177,8 @@ def test_stored_input(tmp_path: Path, seen: bool) -> None:
     # of a version that had no such setting
     torch.save({key: value for key, value in state.items() if key != "self_similarity"}, path)
     assert stored_setting(path, "self_similarity", True) is False
-    with pytest.raises(ValueError, match="name must be 'base_channels', 'self_similarity' or 'num_passes', got 'x'"):
+    with pytest.raises(ValueError, match="name must be 'base_channels' or 'self_similarity', got 'x'"):
         stored_setting(path, "x", 1)
-
-
-@pytest.mark.parametrize("number", [1, 3])
-def test_stored_passes(tmp_path: Path, number: int) -> None:
-    path, state = tmp_path / "x.pt", SACBNet(2, base_channels=2, num_clusters=2, num_passes=number).state_dict()
-    torch.save(state, path)
-    assert stored_setting(path, "num_passes", 7) == number
-    torch.save({key: value for key, value in state.items() if key != "num_passes"}, path)
-    assert stored_setting(path, "num_passes", 7) == 1
 
 
 def test_width_of_a_damaged_file(tmp_path: Path) -> None:

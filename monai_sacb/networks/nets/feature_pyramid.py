@@ -73,9 +73,7 @@ class FeaturePyramidEncoder(nn.Module):
         """
         features = []
         for level in self.levels:
-            if torch.jit.is_scripting():
-                image = level(image)
-            elif self.use_checkpoint and self.training:
+            if not torch.jit.is_scripting() and self.use_checkpoint and self.training:
                 image = checkpoint(level, image, use_reentrant=False)
             else:
                 image = level(image)

@@ -85,8 +85,8 @@ class SACBNet(nn.Module):
             for images of whatever contrast; the paper does not. The setting is noted in the state.
         num_passes: how often the network works: each further pass registers the moving image, warped by the field so
             far, once more, and the two fields are composed. The same weights serve all passes, each of which takes the
-            time of the first; the paper has one. The setting is part of the state: weights of more passes than this
-            raise it.
+            time of the first; the paper has one. The setting is part of the state as well, and a whole state without
+            it is of one pass; weights of more passes than this raise it, until others are loaded.
 
     Raises:
         TypeError: When the encoder is not a module with ``channels``.
@@ -149,6 +149,8 @@ class SACBNet(nn.Module):
         self.feature_channels = channels
         self.align_corners = align_corners
         self.self_similarity = self_similarity
+        # no fewer than asked for, whatever the weights: those of one pass may be trained on for more
+        self.least_passes = num_passes
         self.num_passes = num_passes
         # coarsest level first, the order in which they work
         self.estimators = nn.ModuleList(
@@ -178,10 +180,10 @@ class SACBNet(nn.Module):
             self._set_steps(int(state_dict.get(f"{prefix}integration_steps", 0)))
         if whole or f"{prefix}align_corners" in state_dict:
             self._set_corners(bool(state_dict.get(f"{prefix}align_corners", True)))
-        stored = int(state_dict.get(f"{prefix}num_passes", 1))
-        check_count("num_passes", stored)
-        # no fewer than asked for: weights of one pass may be trained on for more
-        self.num_passes = max(self.num_passes, stored)
+        if whole or f"{prefix}num_passes" in state_dict:
+            stored = int(state_dict.get(f"{prefix}num_passes", 1))
+            check_count("num_passes", stored)
+            self.num_passes = max(self.least_passes, stored)
 
     def _set_steps(self, integration_steps: int) -> None:
         if integration_steps != 0:
@@ -235,18 +237,14 @@ class SACBNet(nn.Module):
             # taken off the list, the maps of a level are freed when it is done
             maps = features.pop()
             moving, fixed = maps[:batch], maps[batch:]
-            if torch.jit.is_scripting():
-                ddf = estimator(moving, fixed, ddf)
-            elif self.use_checkpoint and self.training:
+            if not torch.jit.is_scripting() and self.use_checkpoint and self.training:
                 ddf = checkpoint(estimator, moving, fixed, ddf, use_reentrant=False)
             else:
                 ddf = estimator(moving, fixed, ddf)
             ddf = self._upsample(ddf)
         maps = features.pop()
         moving, fixed = maps[:batch], maps[batch:]
-        if torch.jit.is_scripting():
-            ddf = self.finest_estimator(moving, fixed, ddf)
-        elif self.use_checkpoint and self.training:
+        if not torch.jit.is_scripting() and self.use_checkpoint and self.training:
             ddf = checkpoint(self.finest_estimator, moving, fixed, ddf, use_reentrant=False)
         else:
             ddf = self.finest_estimator(moving, fixed, ddf)
