@@ -4,7 +4,7 @@
 
     python benchmarks/large_pair.py --shape 512 512 400 --output_dir output_large
 
-makes two images of smooth blobs, the one bent into the other, as 16-bit NIfTI, asks `monai_sacb register --dry_run` for
+makes two images of smooth blobs, the one bent into the other, as 16-bit NIfTI, asks `monai-sacb register --dry_run` for
 the expected seconds and memory, and registers them. Prints one line of JSON: working grid, expected and seen peak
 resident memory in MB (10⁶ bytes) and seconds, and the exit code with the last line of a refusal.
 """

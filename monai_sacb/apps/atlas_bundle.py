@@ -322,7 +322,7 @@ def label_bundle(
             called by its id.
         model: name of a model that came along, file of weights, folder of a bundle, or none.
         affine: whether to estimate the affine; if not, subjects lie as the atlas does by their headers.
-        refine: steps of gradient descent on the field; 150 without a network and 50 after one by default.
+        refine: steps of gradient descent on the field, as those of register.
         fine: further steps on a finer grid, as those of register.
         fusion: of several atlases, majority or locally_weighted: by how much each resembles the subject there.
         renumber: number the labels 1, 2, ... instead of keeping the ids of the atlas.

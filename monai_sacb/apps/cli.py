@@ -9,14 +9,13 @@ import inspect
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
-
-import fire
 
 from monai_sacb.apps.applying import apply
 from monai_sacb.apps.atlas_bundle import label_bundle
@@ -85,12 +84,8 @@ def _converted(option: str, kind: Any, value: str) -> Any:
     return converted
 
 
-def _parsed(arguments: Sequence[str]) -> list[str]:
-    """
-    The arguments as fire takes them for Python values of the right types.
-
-    Refuses what fire would find only after the work is done, or take for something else.
-    """
+def _parsed(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command, and what its function is to be called with; refuses all that the function does not take."""
     name, *rest = arguments
     # as options, commands may be written with hyphens
     name = _command(name)
@@ -120,7 +115,36 @@ def _parsed(arguments: Sequence[str]) -> list[str]:
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
     if missing:
         raise ValueError(f"'{name}' needs --{' and --'.join(missing)}.")
-    return [name, *(f"--{option}={value!r}" for option, value in given.items())]
+    return name, given
+
+
+def _help(name: str | None) -> str:
+    """What there is to say of a command, by its docstring, or of all of them."""
+    if name is None:
+        listed = [f"  {command}\n      {_paragraphs(function)[0]}" for command, function in COMMANDS.items()]
+        commands = "\n".join(listed)
+        usage, more = "usage: monai-sacb COMMAND --OPTION VALUE ...", "monai-sacb COMMAND --help lists its options."
+        return f"{usage}\n\n{commands}\n\n{more}"
+    function = COMMANDS[name]
+    paragraphs = _paragraphs(function)
+    # of an option, a line with its name and perhaps others that are indented more
+    described = next((re.split(r"\n {4}(?=\w)", part)[1:] for part in paragraphs if part.startswith("Args:")), [])
+    texts = dict(text.split(": ", 1) for text in described)
+    parameters, kinds = inspect.signature(function).parameters, get_type_hints(function)
+    options = []
+    for option, parameter in parameters.items():
+        value = "[true|false]" if kinds[option] is bool else "VALUE"
+        note = " (needed)" if parameter.default is parameter.empty else ""
+        if parameter.default not in (parameter.empty, None):
+            note = f" (default: {str(parameter.default).lower()})"
+        options.append(f"  --{option} {value}{note}\n      " + re.sub(r"\n +", "\n      ", texts[option]))
+    about = [part for part in paragraphs if not re.match(r"\w+:\n", part)]
+    return "\n\n".join([f"usage: monai-sacb {name}{' --OPTION VALUE ...' * bool(options)}", *about, *options])
+
+
+def _paragraphs(function: Callable[..., Any]) -> list[str]:
+    """The docstring of a function, for the eye."""
+    return (inspect.getdoc(function) or "").replace("``", "'").split("\n\n")
 
 
 def _shown(result: Any) -> str:
@@ -144,8 +168,13 @@ def _exit_code(result: Any) -> int:
     return FAILED if isinstance(result, RegistrationResult) and result.verdict == "failed" else 0
 
 
+def _say(text: str) -> None:
+    # a process may have no stdout
+    if sys.stdout is not None:
+        sys.stdout.write(f"{text}\n")
+
+
 def _complain(text: str) -> None:
-    # a process may have no stderr
     if sys.stderr is not None:
         sys.stderr.write(f"monai-sacb: {text}\n")
 
@@ -207,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
-        sys.stdout.write(f"monai-sacb {__version__}\n")
+        _say(f"monai-sacb {__version__}")
         return
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # what matters of its remarks on headers is said in one sentence
@@ -215,10 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not arguments or "--help" in arguments or "-h" in arguments:
             commands = [name for name in map(_command, arguments) if name in COMMANDS]
-            fire.Fire(COMMANDS, command=[*commands[:1], "--help"], name="monai-sacb")
+            _say(_help(commands[0] if commands else None))
             return
+        name, options = _parsed(arguments)
         with _surely_interrupted():
-            result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)
+            result = COMMANDS[name](**options)
+            _say(_shown(result))
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         _complain(sentence(error))
         sys.exit(BAD_INPUT)

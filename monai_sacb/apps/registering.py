@@ -236,7 +236,8 @@ def register(
             not end the others.
         model: name of a model that came along, file of weights, folder of a bundle, or none.
         affine: true to estimate it, false where the images are aligned by their headers, or the file of a transform.
-        refine: steps of gradient descent on the field; 150 without a network and 50 after one by default.
+        refine: steps of gradient descent on the field; by default 150 without a network, and after one 50 or what the
+            card of the model says.
         fine: further steps on a finer grid, of the images' own voxels or 8 million in all, where they have more to show
             than the grid before; 20 by default, and none where refine is 0.
         fill: value outside the moving image; by default 0, or the smallest value of a CT.

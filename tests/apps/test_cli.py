@@ -37,7 +37,6 @@ MISTAKES = {
     "unknown option before any command": (["--verbose"], r"--verbose"),
     "argument without option": (["bundle", "copy"], r"copy"),
     "surplus argument": (["bundle", "--output_dir", "copy", "surplus"], r"surplus"),
-    # fire would call the method of that name on the result
     "surplus argument that names a method": (["bundle", "--output_dir=copy", "upper"], r"upper"),
     "option twice": (["bundle", "--output_dir=copy", "--output-dir", "other"], r"--output-dir"),
     "version with more": (["--version", "surplus"], r"--version|surplus"),
@@ -213,6 +212,32 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], own_folder: Path,
     assert os.listdir(own_folder) == []
 
 
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_holds_what_the_docstring_says_of_each_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert exit_code([command.replace("_", "-"), "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    function = cli.COMMANDS[command]
+    said = (inspect.getdoc(function) or "").replace("``", "'")
+    for name, parameter in inspect.signature(function).parameters.items():
+        found = re.search(rf"\n    {name}: (.*(?:\n {{8}}.*)*)", said)
+        assert found is not None
+        text = " ".join(found[1].split())
+        note = r" \(needed\)" if parameter.default is parameter.empty else r"( \(default: \S+\))?"
+        assert re.search(rf"--{name} (VALUE|\[true\|false\]){note} {re.escape(text)}", shown), name
+    assert said.splitlines()[0] in shown and "Raises:" not in shown and "Returns:" not in shown
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_names_no_form_that_is_refused(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert exit_code([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    parameters = inspect.signature(cli.COMMANDS[command]).parameters
+    # neither short options nor arguments by position
+    options = re.findall(r"^ *(-\S+)", shown, re.MULTILINE)
+    assert options == [f"--{name}" for name in parameters]
+    assert "POSITIONAL" not in shown
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "--help", "-h"])
 def test_commands_are_listed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert exit_code(arguments) == 0
@@ -249,9 +274,8 @@ def test_words_become_what_the_function_takes(
     seen: dict[str, Any] = {}
 
     @functools.wraps(cli.register)
-    def register(*values: Any, **options: Any) -> str:
-        # fire passes some by position
-        seen.update(inspect.signature(cli.COMMANDS["register"]).bind(*values, **options).arguments)
+    def register(**options: Any) -> str:
+        seen.update(options)
         return "done"
 
     monkeypatch.setitem(cli.COMMANDS, "register", register)
