@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
+import fire
+
 from monai_sacb.apps.applying import apply
 from monai_sacb.apps.atlas_bundle import label_bundle
 from monai_sacb.apps.bundle_copy import bundle
@@ -84,8 +86,12 @@ def _converted(option: str, kind: Any, value: str) -> Any:
     return converted
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command, and what its function is to be called with; refuses all that the function does not take."""
+def _parsed(arguments: Sequence[str]) -> list[str]:
+    """
+    The arguments as fire takes them for Python values of the right types.
+
+    Refuses what fire would find only after the work is done, or take for something else.
+    """
     name, *rest = arguments
     # as options, commands may be written with hyphens
     name = _command(name)
@@ -115,11 +121,15 @@ def _parsed(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
     if missing:
         raise ValueError(f"'{name}' needs --{' and --'.join(missing)}.")
-    return name, given
+    return [name, *(f"--{option}={value!r}" for option, value in given.items())]
 
 
 def _help(name: str | None) -> str:
-    """What there is to say of a command, by its docstring, or of all of them."""
+    """
+    What there is to say of a command, by its docstring, or of all of them.
+
+    Not fire's own: that offers short options and arguments by position, which are refused, and cuts texts off.
+    """
     if name is None:
         listed = [f"  {command}\n      {_paragraphs(function)[0]}" for command, function in COMMANDS.items()]
         commands = "\n".join(listed)
@@ -246,10 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands = [name for name in map(_command, arguments) if name in COMMANDS]
             _say(_help(commands[0] if commands else None))
             return
-        name, options = _parsed(arguments)
         with _surely_interrupted():
-            result = COMMANDS[name](**options)
-            _say(_shown(result))
+            result = fire.Fire(COMMANDS, command=_parsed(arguments), name="monai-sacb", serialize=_shown)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         _complain(sentence(error))
         sys.exit(BAD_INPUT)

@@ -37,6 +37,7 @@ MISTAKES = {
     "unknown option before any command": (["--verbose"], r"--verbose"),
     "argument without option": (["bundle", "copy"], r"copy"),
     "surplus argument": (["bundle", "--output_dir", "copy", "surplus"], r"surplus"),
+    # fire would call the method of that name on the result
     "surplus argument that names a method": (["bundle", "--output_dir=copy", "upper"], r"upper"),
     "option twice": (["bundle", "--output_dir=copy", "--output-dir", "other"], r"--output-dir"),
     "version with more": (["--version", "surplus"], r"--version|surplus"),
@@ -274,8 +275,9 @@ def test_words_become_what_the_function_takes(
     seen: dict[str, Any] = {}
 
     @functools.wraps(cli.register)
-    def register(**options: Any) -> str:
-        seen.update(options)
+    def register(*values: Any, **options: Any) -> str:
+        # fire passes some by position
+        seen.update(inspect.signature(cli.COMMANDS["register"]).bind(*values, **options).arguments)
         return "done"
 
     monkeypatch.setitem(cli.COMMANDS, "register", register)
